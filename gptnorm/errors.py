@@ -1,0 +1,21 @@
+"""Errors that a person can mend, told in one line."""
+
+from __future__ import annotations
+
+EXIT_USER_ERROR = 2
+"""Exit code of bad input: nothing was written or lost."""
+
+EXIT_DIVERGED = 3
+"""Exit code of a run that met a non-finite loss or gradient."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: the key, the value, what is allowed.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+def bad_value(key: str, value: object, allowed: str) -> UserError:
+    """The error for `key = value` where only `allowed` would do."""
+    return UserError(f"{key} = {value!r}: {allowed}")

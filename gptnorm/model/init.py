@@ -1,0 +1,72 @@
+r"""How weights are drawn: each backbone's published initialisation, and its twin at other widths.
+
+| backbone | embedding | q, k, v, gate | up | o, down | head |
+|---|---|---|---|---|---|
+| Llama 2/3 (SimpleGPT's code) | 1 | s | s / √(2(l+1)) | s / √(2(l+1)) | d^(-1/2), cut at ±3 std |
+| GPT-2 (nanoGPT) | 0.02, positions too | s | s | s / √(2L) | tied (else 0.02) |
+
+Standard deviations of a normal, with s = 0.02 and l the block, from 0. Llama's block matrices are
+cut at ±2 (an absolute bound, so hardly ever). 0.02 ≈ 1/√2048: at another width the faithful twin
+is s √(2048/d). The embedding and the head do not change with the width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from gptnorm.config import BackboneName, InitConfig
+from gptnorm.model.backbones import BACKBONES
+from gptnorm.shape import Role, Shape
+from gptnorm.strategies.base import Draw
+
+PUBLISHED_STD = 0.02
+TWIN_WIDTH = 2048
+
+
+def block_std(config: InitConfig, d: int) -> float:
+    """s of the table above at width d."""
+    if config.std == "published":
+        return PUBLISHED_STD
+    if config.std == "twin":
+        return PUBLISHED_STD * (TWIN_WIDTH / d) ** 0.5
+    return config.std
+
+
+def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape, std: float) -> Draw:
+    """One entry of the table above; the router, which neither backbone has, is drawn like q."""
+    if BACKBONES[backbone].init == "gpt2":
+        if role in ("embed", "position", "head"):
+            return Draw(std=PUBLISHED_STD)
+        return Draw(std=std / (2 * shape.n_layers) ** 0.5 if role in ("o", "down") else std)
+    if role == "embed":
+        return Draw(std=1.0)
+    if role == "head":
+        return Draw(std=shape.d**-0.5, cut=3 * shape.d**-0.5)
+    return Draw(std=std / (2 * (layer + 1)) ** 0.5 if role in ("o", "down", "up") else std, cut=2.0)
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, draw: Draw, seed: int, name: str) -> None:
+    """Fills a weight. Its numbers depend on (seed, name, shape) alone, not on the device or on the other weights.
+
+    Two strategies of one backbone therefore start from the same numbers wherever they share a weight.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    fresh = torch.empty(weight.shape, dtype=torch.float32)
+    if draw.cut is None:
+        fresh.normal_(0.0, draw.std, generator=generator)
+    else:
+        nn.init.trunc_normal_(fresh, 0.0, draw.std, -draw.cut, draw.cut, generator=generator)
+    weight.copy_(fresh)
+
+
+@torch.no_grad()
+def normalize_(weight: Tensor, axis: int, *, only_longer: bool = False) -> None:
+    """Brings the vectors along `axis` to L2 norm 1, in fp32 or better; `only_longer`: those above 1 alone."""
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(exact, dim=axis, keepdim=True)
+    weight.copy_(exact / norm.clamp_min(1.0 if only_longer else 1e-12))

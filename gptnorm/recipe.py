@@ -1,0 +1,225 @@
+"""From recipe files and `key=value` arguments to a resolved `Config`.
+
+A recipe is a TOML file with the tables of `Config`, and three things beside them:
+
+* `extends = "base.toml"`: the file whose settings it builds on, relative to itself;
+* `[own.…]`: settings that only the strategy of this file needs. Like `[strategy]`, its options,
+  they are left out where another strategy is chosen;
+* `[study]`: strategies, learning rates and seeds of a comparison.
+
+Who wins, highest first: command line, recipe, the recipe it extends, the strategy's defaults, the
+project's defaults. A preset stands for its sizes in the layer that names it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter
+
+from gptnorm.config import Config, ModelConfig
+from gptnorm.errors import UserError, bad_value
+from gptnorm.model.presets import preset_sizes
+from gptnorm.strategies import find_strategy, make_strategy
+from gptnorm.typed import read_table
+
+Tree = dict[str, Any]
+"""Nested tables of plain values, as TOML has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One file, or the command line."""
+
+    tree: Tree
+    own: Tree = field(default_factory=dict)
+    """What is dropped when another strategy than this layer's is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe file and those it extends, the lowest first."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    study: Tree
+
+    def resolve(self, overrides: Iterable[str] = (), *, strategy: str | None = None) -> Config:
+        """The settings of a run.
+
+        Args:
+            overrides: `key=value` arguments, such as "optim.lr=3e-3".
+            strategy: stands in for every `model.strategy`; a study asks for one after the other.
+
+        Raises:
+            UserError: an unknown key, a wrong value, an unknown strategy or preset.
+        """
+        layers = [*self.layers, Layer(tree=parse_overrides(overrides))]
+        if strategy is None:
+            strategy = _last(layers, "model", "strategy") or ModelConfig.strategy
+        backbone = _last(layers, "model", "backbone") or ModelConfig.backbone
+
+        tree: Tree = {}
+        for key, value in find_strategy(strategy).recipe_defaults.items():
+            merge(tree, nest(key, value))
+        owner = None
+        for layer in layers:
+            # A file that names no strategy speaks for the one that the file below it named.
+            owner = _get(layer.tree, "model", "strategy") or owner
+            for part in (layer.tree, layer.own if owner == strategy else {}):
+                merge(tree, _expand_preset(part, backbone))
+            if owner not in (None, strategy):
+                tree.pop("strategy", None)
+        if isinstance(tree.setdefault("model", {}), dict):
+            tree["model"]["strategy"] = strategy
+        config = read_table(Config, tree)
+        make_strategy(strategy, config.strategy)
+        return config
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its path, or by the name of one that ships with the package (`laptop/base`)."""
+    path = _find_recipe(name)
+    layers: list[Layer] = []
+    study: Tree = {}
+    seen: list[Path] = []
+    following: Path | None = path
+    while following:
+        if following.resolve() in seen:
+            raise bad_value("extends", str(following), "a recipe cannot extend itself")
+        seen.append(following.resolve())
+        tree = _read_toml(following)
+        study = {**tree.pop("study", {}), **study}
+        extends = tree.pop("extends", None)
+        layers.insert(0, Layer(tree=tree, own=tree.pop("own", {})))
+        if extends is not None and not isinstance(extends, str):
+            raise bad_value("extends", extends, "must be the path of a recipe")
+        following = following.parent / extends if extends else None
+    return Recipe(name=path.stem, layers=tuple(layers), study=study)
+
+
+def parse_overrides(arguments: Iterable[str]) -> Tree:
+    """`["optim.lr=3e-3"]` → `{"optim": {"lr": 0.003}}`; a value that is not TOML is text."""
+    tree: Tree = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"{argument!r}: a setting is written KEY=VALUE, such as optim.lr=3e-3")
+        merge(tree, nest(key, _parse_value(text)))
+    return tree
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved config as TOML; what is left out stands for "as the docs say"."""
+    return tomli_w.dumps(_without_none(to_tree(config)))
+
+
+def to_tree(config: Config) -> Tree:
+    """The config as nested plain tables."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def read_config(path: Path) -> Config:
+    """A resolved config, as `dump_toml` wrote it."""
+    return read_table(Config, _read_toml(path))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys: `{"optim": {"lr": 1}}` → `{"optim.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def nest(key: str, value: Any) -> Tree:
+    """`("optim.lr", 1)` → `{"optim": {"lr": 1}}`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(into: Tree, other: Tree) -> None:
+    """Sets every leaf of `other` in `into`."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+def recipe_root() -> Path:
+    """The folder of the recipes that ship with the package."""
+    installed = Path(str(files("gptnorm"))) / "recipes"
+    return installed if installed.is_dir() else installed.parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    root = recipe_root()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.toml"))
+
+
+def _find_recipe(name: str) -> Path:
+    relative = name.removeprefix("recipes/").removesuffix(".toml") + ".toml"
+    for path in (Path(name), recipe_root() / relative):
+        if path.is_file():
+            return path
+    raise UserError(f"recipe {name!r}: no such file, and no such recipe; there are {', '.join(shipped_recipes())}")
+
+
+def _read_toml(path: Path) -> Tree:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+    return value if isinstance(value, bool | int | float | str | list) else text
+
+
+def _get(tree: Tree, table: str, key: str) -> Any:
+    inner = tree.get(table)
+    return inner.get(key) if isinstance(inner, dict) else None
+
+
+def _last(layers: list[Layer], table: str, key: str) -> Any:
+    """The value that the highest layer gives."""
+    return next((v for layer in reversed(layers) if (v := _get(layer.tree, table, key)) is not None), None)
+
+
+def _expand_preset(tree: Tree, backbone: Any) -> Tree:
+    """A layer in which `model.preset` is written out; its own keys win over the preset's."""
+    name = _get(tree, "model", "preset")
+    if name is None:
+        return tree
+    # A preset is the published model: what a lower layer said about its shape or init is void.
+    published: Tree = dict.fromkeys(("n_kv_heads", "d_ff", "ffn_multiple", "tied"))
+    if backbone not in ("gpt2", "llama2", "llama3"):
+        raise bad_value("model.backbone", backbone, "must be 'gpt2', 'llama2' or 'llama3'")
+    published |= preset_sizes(backbone, name)
+    expanded: Tree = {"model": published, "init": {"std": "published"}}
+    merge(expanded, tree)
+    return expanded
+
+
+def _without_none(tree: Tree) -> Tree:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}
+

@@ -1,0 +1,65 @@
+"""Numbers as text, one way for every table, plot and sentence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MISSING = "–"
+"""What stands where there is no number."""
+
+
+def lr_text(lr: float) -> str:
+    """A learning rate, compact: 0.001 → "1e-3", 0.00025 → "2.5e-4", 1.0 → "1"."""
+    mantissa, exponent = f"{lr:.5e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    return mantissa if int(exponent) == 0 else f"{mantissa}e{int(exponent)}"
+
+
+def loss_text(loss: float | None) -> str:
+    """A loss or a spread of losses in nats, with four decimals."""
+    return MISSING if loss is None else f"{loss:.4f}"
+
+
+def spread_text(mean: float | None, sd: float | None) -> str:
+    """ "3.4123 ± 0.0061", or the mean alone where there is no spread."""
+    return loss_text(mean) if mean is None or sd is None else f"{loss_text(mean)} ± {loss_text(sd)}"
+
+
+def count_text(count: float | None) -> str:
+    """A whole number with thousands separators."""
+    return MISSING if count is None else f"{count:,.0f}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Wall time with its two leading units: 75 → "1 min 15 s"."""
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def value_text(value: Any) -> str:
+    """A setting as a person would write it in a TOML file."""
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return f"{value:g}"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def names_text(names: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

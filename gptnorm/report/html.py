@@ -1,0 +1,34 @@
+"""The reports: one static HTML file for a study, one for a run.
+
+Each is complete in itself: styles and plots are inside, there is no script, nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptnorm.errors import UserError
+from gptnorm.report.records import write_whole
+from gptnorm.report.results import load_study
+from gptnorm.report.run_page import run_page
+from gptnorm.report.study_page import REPORT, study_page
+
+
+def write_study_report(folder: str | Path) -> Path:
+    """Write `report.html` into a study folder, complete or partial, and return its path.
+
+    Raises UserError where the folder holds no readable `study.json`.
+    """
+    study = load_study(folder)
+    return write_whole(study.folder / REPORT, study_page(study))
+
+
+def write_run_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run folder, finished or not, and return its path.
+
+    Raises UserError where the folder holds no `metrics.jsonl`.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder}: holds no metrics.jsonl, so it is no run to report")
+    return write_whole(folder / REPORT, run_page(folder))

@@ -1,0 +1,281 @@
+"""A study as data: which strategy reached which loss at which learning rate.
+
+The unit is the *entry*, one strategy at one learning rate over all seeds. Its mean stands only
+where no seed diverged: a mean over the seeds that survived would flatter a learning rate that is
+too high. The best learning rate of a strategy is chosen among the entries where every seed
+finished. At the lowest or highest learning rate of the grid such a best is no optimum, and
+`Row.at_edge` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gptnorm.errors import UserError, bad_value
+from gptnorm.report.records import finite, read_lines, read_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a study: a strategy, a learning rate and a seed."""
+
+    strategy: str
+    lr: float
+    seed: int
+    status: str
+    val_loss: float | None
+    """Validation loss in nats per token; None where it is missing or not finite."""
+    run: str
+    """The run's folder, relative to the study's."""
+    seconds: float | None
+    parameters: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Ran to its end with a finite loss."""
+        return self.status == "finished" and self.val_loss is not None
+
+    @property
+    def diverged(self) -> bool:
+        """Stopped as diverged, or ended without a finite loss."""
+        return self.status == "diverged" or (self.status == "finished" and self.val_loss is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One strategy at one learning rate, over the seeds."""
+
+    strategy: str
+    lr: float
+    planned: int
+    """Number of seeds the study asks for."""
+    losses: dict[int, float]
+    """Validation loss by seed, of the seeds that finished."""
+    diverged: int
+    """Number of seeds that diverged."""
+
+    @property
+    def seen(self) -> int:
+        """Number of seeds with an outcome."""
+        return len(self.losses) + self.diverged
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned seed finished with a finite loss."""
+        return self.diverged == 0 and len(self.losses) == self.planned and self.mean is not None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean loss over the seeds so far, or None where none finished or any diverged."""
+        if self.diverged or not self.losses:
+            return None
+        return finite(sum(self.losses.values()) / len(self.losses))
+
+    @property
+    def sd(self) -> float | None:
+        """Seed sd: sample standard deviation (ddof=1), or None for fewer than two seeds."""
+        return None if self.mean is None else sample_sd(list(self.losses.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One strategy over the grid of learning rates."""
+
+    strategy: str
+    entries: tuple[Entry, ...]
+    """One per learning rate, in ascending order."""
+    parameters: int | None
+
+    @cached_property
+    def best(self) -> Entry | None:
+        """The complete entry of lowest mean; of equals, the one of lowest learning rate."""
+        complete = [entry for entry in self.entries if entry.complete]
+        return min(complete, key=lambda entry: (entry.mean, entry.lr), default=None)
+
+    @property
+    def edge(self) -> str | None:
+        """ "lowest", "highest" or "only" where the best stands at the edge of the learning rates tried, else None.
+
+        Those tried are the whole grid, but in a partial study, where a best may have no neighbour yet.
+        """
+        if self.best is None:
+            return None
+        tried = [entry.lr for entry in self.entries if entry.seen]
+        if len(tried) == 1:
+            return "only"
+        return {tried[0]: "lowest", tried[-1]: "highest"}.get(self.best.lr)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best stands at the edge of what was tried, and so is no optimum."""
+        return self.edge is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study folder, read. `rows` is the table; the other fields say how it came about."""
+
+    folder: Path
+    title: str
+    recipe: str
+    strategies: tuple[str, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    data: dict[str, Any]
+    shared: dict[str, Any]
+    differing: dict[str, dict[str, Any]]
+    environment: dict[str, Any]
+    command: str
+    seconds: float | None
+    unigram_entropy: float | None
+    """Loss in nats of a model that knows only how frequent each token is."""
+    cells: tuple[Cell, ...]
+    """Outcomes inside the grid, one per strategy, learning rate and seed, in the grid's order."""
+    outside: int
+    """Number of recorded outcomes that the grid of the study does not name."""
+
+    @property
+    def planned(self) -> int:
+        """Number of runs in the whole grid."""
+        return len(self.strategies) * len(self.lrs) * len(self.seeds)
+
+    @property
+    def done(self) -> int:
+        """Number of runs with an outcome; below `planned` the study is partial."""
+        return sum(cell.finished or cell.diverged for cell in self.cells)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """One row per strategy, in the order of the study."""
+        return tuple(self._row(strategy) for strategy in self.strategies)
+
+    @cached_property
+    def ranked(self) -> tuple[Row, ...]:
+        """The rows that have a best, lowest loss first; equals keep the order of the study."""
+        with_best = [row for row in self.rows if row.best is not None]
+        return tuple(sorted(with_best, key=best_loss))
+
+    def _row(self, strategy: str) -> Row:
+        cells = [cell for cell in self.cells if cell.strategy == strategy]
+        entries = []
+        for lr in self.lrs:
+            here = [cell for cell in cells if cell.lr == lr]
+            losses = {cell.seed: cell.val_loss for cell in here if cell.finished and cell.val_loss is not None}
+            entries.append(
+                Entry(
+                    strategy=strategy,
+                    lr=lr,
+                    planned=len(self.seeds),
+                    losses=losses,
+                    diverged=sum(cell.diverged for cell in here),
+                )
+            )
+        parameters = next((cell.parameters for cell in cells if cell.parameters is not None), None)
+        return Row(strategy=strategy, entries=tuple(entries), parameters=parameters)
+
+    def no_better_than_frequencies(self, entry: Entry) -> bool:
+        """Whether a finite mean is at or above the unigram entropy: a run that collapsed, not one that learned."""
+        return entry.mean is not None and self.unigram_entropy is not None and entry.mean >= self.unigram_entropy
+
+    def highest_trained(self, row: Row) -> float | None:
+        """The highest learning rate where every seed finished and learned more than token frequencies."""
+        trained = [entry.lr for entry in row.entries if entry.complete and not self.no_better_than_frequencies(entry)]
+        return max(trained, default=None)
+
+
+def best_loss(row: Row) -> float:
+    """The mean loss of a row's best entry; the row must have one."""
+    assert row.best is not None
+    assert row.best.mean is not None
+    return row.best.mean
+
+
+def sample_sd(values: list[float]) -> float | None:
+    """Sample standard deviation (ddof=1), or None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) * (value - mean) for value in values)
+    return finite(math.sqrt(squares / (len(values) - 1)))
+
+
+def load_study(folder: str | Path) -> Study:
+    """Read a study folder; one that was stopped midway gives a partial study.
+
+    Raises UserError where `study.json` is missing, cannot be read, or names no grid.
+    """
+    folder = Path(folder)
+    path = folder / "study.json"
+    raw = read_object(path)
+    strategies = tuple(str(name) for name in _grid(raw, "strategies", path))
+    lrs = tuple(sorted(_learning_rate(value, path) for value in _grid(raw, "lrs", path)))
+    seeds = tuple(int(seed) for seed in _grid(raw, "seeds", path))
+    cells, outside = _read_cells(folder / "cells.jsonl", strategies, lrs, seeds)
+    settings = raw.get("settings") or {}
+    return Study(
+        folder=folder,
+        title=str(raw.get("title") or folder.resolve().name),
+        recipe=str(raw.get("recipe") or ""),
+        strategies=strategies,
+        lrs=lrs,
+        seeds=seeds,
+        data=dict(raw.get("data") or {}),
+        shared=dict(settings.get("shared") or {}),
+        differing={key: dict(values) for key, values in (settings.get("differing") or {}).items()},
+        environment=dict(raw.get("environment") or {}),
+        command=str(raw.get("command") or ""),
+        seconds=finite(raw.get("seconds")),
+        unigram_entropy=finite(raw.get("unigram_entropy")),
+        cells=cells,
+        outside=outside,
+    )
+
+
+def _grid(raw: dict[str, Any], key: str, path: Path) -> list[Any]:
+    """One axis of the grid: a list with at least one member, none twice."""
+    values = raw.get(key)
+    if not isinstance(values, list) or not values or len(set(values)) != len(values):
+        raise bad_value(f"{path}: {key}", values, "expected a list of at least one value, none twice")
+    return values
+
+
+def _learning_rate(value: object, path: Path) -> float:
+    lr = finite(value)
+    if lr is None or lr <= 0:
+        raise bad_value(f"{path}: lrs", value, "expected finite learning rates above 0")
+    return lr
+
+
+def _read_cells(
+    path: Path, strategies: tuple[str, ...], lrs: tuple[float, ...], seeds: tuple[int, ...]
+) -> tuple[tuple[Cell, ...], int]:
+    """The outcomes of the grid and the number of those outside it; of a repeated run the last counts."""
+    found: dict[tuple[str, float, int], Cell] = {}
+    outside: set[tuple[Any, ...]] = set()
+    for raw in read_lines(path):
+        try:
+            strategy, lr, seed = str(raw["strategy"]), float(raw["lr"]), int(raw["seed"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: a line lacks strategy, lr or seed: {raw!r}") from None
+        # A learning rate may have been printed and read back on its way here.
+        lr = next((known for known in lrs if math.isclose(known, lr, rel_tol=1e-9)), lr)
+        if strategy not in strategies or lr not in lrs or seed not in seeds:
+            outside.add((strategy, lr, seed))
+            continue
+        parameters = finite(raw.get("parameters"))
+        found[strategy, lr, seed] = Cell(
+            strategy=strategy,
+            lr=lr,
+            seed=seed,
+            status=str(raw.get("status")),
+            val_loss=finite(raw.get("val_loss")),
+            run=str(raw.get("run") or ""),
+            seconds=finite(raw.get("seconds")),
+            parameters=None if parameters is None else int(parameters),
+        )
+    order = [(strategy, lr, seed) for strategy in strategies for lr in lrs for seed in seeds]
+    return tuple(found[key] for key in order if key in found), len(outside)

@@ -1,0 +1,204 @@
+"""The page of a study, from the plain answer down to how it was run."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from gptnorm.report import page
+from gptnorm.report.curves import study_curves
+from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, plural, spread_text, value_text
+from gptnorm.report.gaps import paired_gaps
+from gptnorm.report.page import Markup, tag
+from gptnorm.report.plots import all_curves, best_curves, loss_against_lr
+from gptnorm.report.records import finite
+from gptnorm.report.results import Study
+from gptnorm.report.shared import environment_pairs, setting_table
+from gptnorm.report.table import CellText, cell_text, footnotes
+from gptnorm.report.verdict import caveats, gap_reading, verdict
+
+REPORT = "report.html"
+
+
+def study_page(study: Study) -> str:
+    """The HTML of a study report."""
+    first, *rest = verdict(study)
+    curves = study_curves(study)
+    best, panels = best_curves(study, curves), all_curves(study, curves)
+    plots = [
+        page.section(
+            "Loss against learning rate",
+            [
+                page.figure(
+                    loss_against_lr(study),
+                    "Validation loss against peak learning rate, a line per strategy; numbers in the table above.",
+                    "Ringed: the best of each strategy. Dashes: single seeds. In the grey strip at the top, "
+                    "× marks learning rates where a seed diverged and ▲ means above the scale.",
+                )
+            ],
+        )
+    ]
+    if best is not None:
+        plots.append(
+            page.section(
+                "Training, each at its own best learning rate",
+                [
+                    page.figure(
+                        best,
+                        "Training loss over steps, a line per strategy at its own best learning rate.",
+                        "Mean over seeds. Firm: moving average; faint: unsmoothed. The steep start is cut.",
+                    )
+                ],
+            )
+        )
+    if panels:
+        figures = [
+            page.figure(svg, f"Training loss over steps of {name}, a line per learning rate.") for name, svg in panels
+        ]
+        note = "One scale for all. A curve with × ends where the first of its seeds diverged."
+        plots.append(
+            page.details(
+                "Training curves at every learning rate", [tag("p", note), tag("div", figures, class_="panels")]
+            )
+        )
+    content = [
+        tag("header", [tag("h1", study.title), tag("p", _subtitle(study), class_="subtitle")]),
+        tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
+        page.section("Validation loss by strategy and learning rate", [_grid_table(study), _notes(study)]),
+        *_ranking(study),
+        *plots,
+        _settings(study),
+        _provenance(study),
+        page.section("Before you quote this", [tag("ul", [tag("li", page.prose(note)) for note in caveats(study)])]),
+    ]
+    return page.page(study.title, content)
+
+
+def _subtitle(study: Study) -> str:
+    sizes = [
+        plural(len(study.strategies), "strategy").replace("strategys", "strategies"),
+        plural(len(study.lrs), "learning rate"),
+        plural(len(study.seeds), "seed"),
+    ]
+    return f"{' × '.join(sizes)}; {study.done} of {study.planned} runs ended"
+
+
+def _grid_table(study: Study) -> Markup:
+    rows = []
+    for row in study.rows:
+        cells = [page.head_cell(row.strategy)]
+        for entry in row.entries:
+            text = cell_text(study, row, entry)
+            class_ = "best" if text.best else "diverged" if entry.diverged else "missing" if not entry.losses else ""
+            cells.append(page.data_cell(_cell(text), class_))
+        rows.append(cells)
+    head = ["strategy", *(lr_text(lr) for lr in study.lrs)]
+    return page.table("Validation loss by strategy and learning rate", head, rows, class_="numbers grid")
+
+
+def _cell(text: CellText) -> list[str]:
+    """The mean with its mark, and the spread below: narrow enough for a grid of six on a page."""
+    if text.below:
+        return [f"{text.value} {text.mark}".strip(), " ", tag("span", text.below, class_="sd")]
+    return [str(text)]
+
+
+def _notes(study: Study) -> Markup:
+    return tag("ul", [tag("li", note) for note in footnotes(study)], class_="notes")
+
+
+def _ranking(study: Study) -> list[Markup]:
+    """Each strategy at its own best, lowest loss first, with its paired gap."""
+    if not study.ranked:
+        return []
+    gaps = {gap.strategy: gap for gap in paired_gaps(study)}
+    rows = []
+    for row in study.ranked:
+        assert row.best is not None
+        gap, trained = gaps.get(row.strategy), study.highest_trained(row)
+        edge = " (edge)" if row.at_edge else ""
+        rows.append(
+            [
+                page.head_cell(row.strategy),
+                page.data_cell(spread_text(row.best.mean, row.best.sd)),
+                page.data_cell(lr_text(row.best.lr) + edge),
+                page.data_cell("lowest" if gap is None else spread_text(gap.mean, gap.sd)),
+                page.data_cell("" if gap is None else gap_reading(gap), "words reading"),
+                page.data_cell("none" if trained is None else lr_text(trained)),
+                page.data_cell(count_text(row.parameters)),
+            ]
+        )
+    head = ["strategy", "loss", "at", "paired gap", "reading", "trains up to", "parameters"]
+    label = "Each strategy at its own best learning rate"
+    note = (
+        "Edge: the lowest or highest learning rate tried, so no optimum. Paired gap: loss minus that of the "
+        "first row, seed by seed, mean ± sd over seeds. Trains up to: the highest learning rate of the grid where "
+        "every seed finished and learned more than token frequencies."
+    )
+    ranking = page.table(label, head, rows, class_="numbers", words=frozenset({"reading"}))
+    return [page.section(label, [ranking, tag("p", note, class_="notes")])]
+
+
+def _settings(study: Study) -> Markup:
+    label = "Settings that differ between the strategies"
+    content: list[Markup] = []
+    if study.differing:
+        rows = [
+            [
+                page.head_cell(key),
+                *(page.data_cell(value_text(values.get(strategy))) for strategy in study.strategies),
+            ]
+            for key, values in study.differing.items()
+        ]
+        content.append(page.table(label, ["setting", *study.strategies], rows))
+    else:
+        content.append(tag("p", "None but the strategy and the learning rate."))
+    if study.shared:
+        content.append(page.details(f"Shared settings ({len(study.shared)})", [setting_table(study.shared)]))
+    return page.section(label, content)
+
+
+def _provenance(study: Study) -> Markup:
+    data = study.data
+    items = [
+        ("Recipe", study.recipe or "not recorded"),
+        ("Data", value_text(data.get("path"))),
+        ("Data fingerprint", value_text(data.get("fingerprint"))),
+        ("Tokenizer", value_text(data.get("tokenizer"))),
+        (
+            "Tokens",
+            f"{count_text(finite(data.get('train_tokens')))} training, "
+            f"{count_text(finite(data.get('val_tokens')))} validation",
+        ),
+        ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
+        ("Seeds", ", ".join(str(seed) for seed in study.seeds)),
+        *environment_pairs(study.environment),
+        ("Wall time", duration_text(study.seconds)),
+    ]
+    content = []
+    if study.command:
+        content.append(tag("pre", tag("code", study.command)))
+    content.append(page.pairs(items))
+    if study.cells:
+        content.append(page.details(f"Every run ({len(study.cells)})", [_run_table(study)]))
+    return page.section("How it was run", content)
+
+
+def _run_table(study: Study) -> Markup:
+    rows = []
+    for cell in study.cells:
+        own = study.folder / cell.run / REPORT
+        # A link only to what is there; quoting makes it a path, whatever the data says.
+        where = tag("a", cell.run, href=quote(f"{cell.run}/{REPORT}")) if cell.run and own.is_file() else cell.run
+        rows.append(
+            [
+                page.head_cell(cell.strategy),
+                page.data_cell(lr_text(cell.lr)),
+                page.data_cell(str(cell.seed)),
+                page.data_cell(cell.status, "diverged words" if cell.diverged else "words"),
+                page.data_cell(loss_text(cell.val_loss if cell.finished else None)),
+                page.data_cell(duration_text(cell.seconds)),
+                page.data_cell([where], "words"),
+            ]
+        )
+    head = ["strategy", "learning rate", "seed", "status", "validation loss", "time", "run"]
+    return page.table("Every run", head, rows, class_="numbers", words=frozenset({"status", "run"}))

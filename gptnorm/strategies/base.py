@@ -1,0 +1,179 @@
+"""The contract: everything that anyone asks about normalisation is asked of a `Strategy`.
+
+A strategy is a frozen object that holds its options and no tensors. It answers with data
+(`After`, `Attention`, `FeedForward`, `Draw`, `Constraint`) and with the block equation itself
+(`open`, `block`, `close`); the backbone owns every weight. Layers count from 0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pydantic.dataclasses
+from torch import Tensor
+
+from gptnorm.config import STRICT, PositiveFloat, Scalar
+from gptnorm.norms import After, LearnedScale, Norm
+from gptnorm.shape import NormKind, Role, Shape
+
+State = tuple[Tensor, ...]
+"""The residual streams between blocks, each (batch, time, d); most strategies carry one."""
+
+Branch = Callable[[Tensor], Tensor]
+"""Attention or feed-forward with its projections' own norms: (batch, time, d) to the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a reader should know before choosing the strategy."""
+
+    title: str
+    paper: str
+    """Where the equation comes from."""
+    equation: str
+    """The block, as the paper writes it."""
+    norms: str
+    """Axis and eps of each norm."""
+    rope: str
+    """Order of query/key norms against the rotary positions."""
+    folds: str
+    """What can be merged into a weight at inference."""
+    claims: str
+    """What its paper reports."""
+    measured: str
+    """What we measured, and where it stands."""
+    ours: str
+    """What is a choice or an extrapolation of ours, not the paper's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """What happens to queries, keys and values inside attention."""
+
+    softmax_scale: float
+    """Factor of the logits q.k."""
+    q: Norm | None = None
+    k: Norm | None = None
+    v: Norm | None = None
+    rope_first: bool = False
+    """Whether queries and keys are normed after the rotary positions instead of before."""
+    qk_scale: LearnedScale | None = None
+    """One vector of n_kv_heads * head_dim numbers on normed queries and on keys; with grouped
+    queries every query head of a group shares its key head's numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """Factors inside down(post * act(pre * gate(x)) * up(x)), or down(post * act(pre * up(x)))."""
+
+    pre_activation: float = 1.0
+    post_activation: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How a weight is drawn: N(0, std^2), truncated at +-cut if that is given."""
+
+    std: float
+    cut: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What holds for a weight after every step: vectors along `axis` have L2 norm 1, or at most 1.
+
+    At initialisation they are brought to exactly 1 in both cases.
+    """
+
+    axis: Literal[-1, -2]
+    """-1: along the input (rows), -2: along the output (columns). Leading axes are experts."""
+    kind: Literal["unit", "bound"]
+
+
+class Strategy(ABC):
+    """How a GPT is normalised. See `Normed` for the options that most strategies share."""
+
+    card: ClassVar[Card]
+    recipe_defaults: ClassVar[Mapping[str, Scalar]] = {}
+    """Settings that its paper prescribes (`optim.warmup = 0`, say); recipe and command line win over them."""
+
+    def projection(self, role: Role, layer: int, shape: Shape) -> tuple[After, ...]:
+        """What happens to the raw output z of a linear map (or of a table look-up), in order."""
+        return ()
+
+    def attention(self, layer: int, shape: Shape) -> Attention:
+        """Norms and scales inside attention; the default is plain attention, scale 1/sqrt(head_dim)."""
+        return Attention(softmax_scale=shape.head_dim**-0.5)
+
+    def feedforward(self, layer: int, shape: Shape) -> FeedForward:
+        """Factors around the activation."""
+        return FeedForward()
+
+    def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
+        """What the wiring of block `layer` owns, by name; built, it is the `own` of `block`."""
+        return {}
+
+    def end_parts(self, shape: Shape) -> dict[str, After]:
+        """What the wiring owns outside the blocks; built, it is the `own` of `open` and `close`."""
+        return {}
+
+    def open(self, h: Tensor, own: Any) -> State:
+        """From the embedding (batch, time, d) to the state before the first block."""
+        return (h,)
+
+    @abstractmethod
+    def block(self, state: State, attn: Branch, ffn: Branch, own: Any, layer: int, n_layers: int) -> State:
+        """The block equation."""
+
+    def close(self, state: State, own: Any) -> Tensor:
+        """From the state after the last block to what the head reads, (batch, time, d)."""
+        return self.stream(state)
+
+    def stream(self, state: State) -> Tensor:
+        """The stream that monitors read, (batch, time, d)."""
+        return state[0]
+
+    def init(self, role: Role, layer: int, shape: Shape, published: Draw) -> Draw:
+        """How a weight is drawn, given what the backbone's authors (and `init.std`) say."""
+        return published
+
+    def constraint(self, role: Role, layer: int, shape: Shape) -> Constraint | None:
+        """What the weight is projected onto at initialisation and after every step."""
+        return None
+
+    def lr_multiplier(self, role: Role, layer: int, shape: Shape) -> float:
+        """Factor of the learning rate for a weight."""
+        return 1.0
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
+class Normed(Strategy):
+    """Options of every strategy that is built from a norm layer."""
+
+    norm: NormKind | Literal["backbone"] = "backbone"
+    """rmsnorm, layernorm, np_layernorm (no gain), or what the backbone was published with."""
+    eps: PositiveFloat = 1e-5
+    """Added inside the square root."""
+    qk_norm: Literal["none", "full", "head"] = "none"
+    """Norm of queries and keys before the rotary positions: over all heads together, or per head."""
+
+    def make_norm(self, size: int, shape: Shape) -> Norm:
+        """This strategy's norm over `size` features."""
+        return Norm(kind=shape.norm if self.norm == "backbone" else self.norm, size=size, eps=self.eps)
+
+    def attention(self, layer: int, shape: Shape) -> Attention:
+        scale = shape.head_dim**-0.5
+        if self.qk_norm == "none":
+            return Attention(softmax_scale=scale)
+        kind = shape.norm if self.norm == "backbone" else self.norm
+        if self.qk_norm == "head":
+            norm = Norm(kind=kind, size=shape.head_dim, eps=self.eps, axis="head")
+            return Attention(softmax_scale=scale, q=norm, k=norm)
+        return Attention(
+            softmax_scale=scale,
+            q=Norm(kind=kind, size=shape.d, eps=self.eps),
+            k=Norm(kind=kind, size=shape.d_kv, eps=self.eps),
+        )

@@ -1,0 +1,40 @@
+"""Every strategy by its name: the only list of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from gptnorm.config import Scalar
+from gptnorm.errors import bad_value
+from gptnorm.strategies.base import Strategy
+from gptnorm.strategies.ngpt import NGPT
+from gptnorm.strategies.postnorm import PostNorm
+from gptnorm.strategies.prenorm import PreNorm
+from gptnorm.strategies.prenorm_qknorm import PreNormQKNorm
+from gptnorm.strategies.residual_dual import ResidualDual
+from gptnorm.strategies.simplenorm import SimpleNorm
+from gptnorm.typed import read_table
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "prenorm": PreNorm,
+    "prenorm_qknorm": PreNormQKNorm,
+    "postnorm": PostNorm,
+    "simplenorm": SimpleNorm,
+    "ngpt": NGPT,
+    "residual_dual": ResidualDual,
+}
+
+
+def find_strategy(name: str) -> type[Strategy]:
+    """The class of a strategy; UserError if there is none of that name."""
+    if name not in STRATEGIES:
+        close = difflib.get_close_matches(name, STRATEGIES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise bad_value("model.strategy", name, f"one of {', '.join(STRATEGIES)}{hint}")
+    return STRATEGIES[name]
+
+
+def make_strategy(name: str, options: Mapping[str, Scalar]) -> Strategy:
+    """The strategy with its options (the `[strategy]` table); UserError names what does not fit."""
+    return read_table(find_strategy(name), dict(options), key="strategy")

@@ -1,0 +1,153 @@
+"""Cells in parallel processes, with one live display."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from gptnorm.config import Config
+    from gptnorm.study.grid import Cell
+    from gptnorm.train.loop import Result
+
+REPORT_EVERY = 0.3
+"""Seconds between a worker's words about its progress."""
+
+_queue: Queue[tuple[str, int, float]] | None = None
+"""A worker's way to the parent, set once in each process."""
+
+
+class _Reporter:
+    """Sends a cell's progress to the parent, a few times a second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._next = 0.0
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        now = time.monotonic()
+        if _queue is not None and now >= self._next:
+            self._next = now + REPORT_EVERY
+            _queue.put((self._name, step, loss))
+
+    def validation(self, step: int, loss: float) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def run_cells(
+    cells: list[Cell], shards: Path, folder: Path, workers: int, console: Console
+) -> Iterator[tuple[Cell, Result]]:
+    """Runs the cells in `workers` processes and yields each with its result as it ends.
+
+    A failing cell ends the study with its exception; cells that have ended are kept.
+    """
+    # Fresh interpreters: forking after torch has started its threads can hang.
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with (
+        _Display(cells, console) as display,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,)) as pool,
+    ):
+        futures = {
+            pool.submit(_run_cell, cell.config, shards, folder / cell.folder, cell.folder): cell for cell in cells
+        }
+        waiting: set[Future[Result]] = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=REPORT_EVERY, return_when=FIRST_COMPLETED)
+                display.running(_drain(queue))
+                for future in done:
+                    result = future.result()
+                    display.finished(futures[future], result)
+                    yield futures[future], result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _start_worker(queue: Any) -> None:
+    global _queue  # noqa: PLW0603 - the pool's only way to hand a queue to its processes
+    _queue = queue
+    # The parent prints; a worker's warnings would tear the display.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _run_cell(config: Config, shards: Path, folder: Path, name: str) -> Result:
+    from gptnorm.data import Shards
+    from gptnorm.train.loop import start_run
+
+    return start_run(config, Shards.open(shards), folder, _Reporter(name))
+
+
+def _drain(queue: Any) -> dict[str, tuple[int, float]]:
+    """The latest word of each running cell."""
+    latest = {}
+    while True:
+        try:
+            name, step, loss = queue.get_nowait()
+        except Empty:
+            return latest
+        latest[name] = (step, loss)
+
+
+class _Display:
+    """A bar on a terminal, a line per ended cell elsewhere."""
+
+    def __init__(self, cells: list[Cell], console: Console) -> None:
+        self._console = console
+        self._steps = {cell.folder: cell.config.train.steps for cell in cells}
+        self._reached: dict[str, int] = {}
+        self._ended = 0
+        self._progress = Progress(
+            TextColumn("{task.fields[cells]}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("spent,"),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.fields[now]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> _Display:
+        if self._console.is_terminal:
+            self._task = self._progress.add_task("", total=sum(self._steps.values()), cells=self._count(), now="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def running(self, latest: dict[str, tuple[int, float]]) -> None:
+        """Moves the bar to what the workers last said."""
+        self._reached |= {name: step for name, (step, _) in latest.items()}
+        if self._console.is_terminal:
+            now = ", ".join(f"{name.removeprefix('cells/')} {loss:.2f}" for name, (_, loss) in latest.items())
+            self._progress.update(
+                self._task, completed=sum(self._reached.values()), cells=self._count(), **({"now": now} if now else {})
+            )
+
+    def finished(self, cell: Cell, result: Result) -> None:
+        """Counts a cell and says how it ended."""
+        self._ended += 1
+        self._reached[cell.folder] = self._steps[cell.folder]
+        ended = f"{result.val_loss:.4f}" if result.val_loss is not None else f"diverged at step {result.step}"
+        line = f"{self._count()}  {cell.strategy}  lr {cell.lr:g}  seed {cell.seed}  {ended}  ({result.seconds:.0f} s)"
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def _count(self) -> str:
+        return f"{self._ended}/{len(self._steps)} runs"

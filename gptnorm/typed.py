@@ -1,0 +1,99 @@
+"""From plain tables (TOML, command line) to typed, frozen settings; every mismatch is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from gptnorm.errors import UserError, bad_value
+
+T = TypeVar("T")
+
+
+def read_table(cls: type[T], table: dict[str, Any], *, key: str = "") -> T:
+    """An instance of the dataclass `cls` from a table of plain values.
+
+    Args:
+        key: the dotted name of the table, for the error's text; "" for the whole file.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range.
+    """
+    # JSON is the strict mode in which a list may stand for a tuple, as in TOML.
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
+    except ValidationError as error:
+        raise _one_line(error.errors(), cls, table, key) from None
+    except TypeError:
+        raise bad_value(key or "the recipe", table, "dates and times are not settings") from None
+
+
+def field_names(cls: Any) -> list[str]:
+    """The keys of a settings table."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def unknown_key(key: str, known: list[str]) -> UserError:
+    """The error for a key that does not exist."""
+    table, _, leaf = key.rpartition(".")
+    close = difflib.get_close_matches(leaf, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    there = f"{table or 'the top level'} has {', '.join(known)}" if known else f"{table} has no keys"
+    return UserError(f"{key}: unknown key; {there}{hint}")
+
+
+def _one_line(errors: list[ErrorDetails], cls: Any, table: dict[str, Any], key: str) -> UserError:
+    """The first wrong key; where a union was tried, all that it would have taken."""
+    path, value, owner = _locate(errors[0]["loc"], table, cls)
+    name = ".".join(filter(None, [key, *path]))
+    here = [e for e in errors if _locate(e["loc"], table, cls)[0] == path]
+    if any(e["type"] in ("unexpected_keyword_argument", "extra_forbidden") for e in here):
+        return unknown_key(name, field_names(owner))
+    wants = dict.fromkeys(_want(e) for e in here)
+    if any(e["type"] == "dataclass_type" for e in here):
+        wants = {"must be a table; write its keys as " + name + ".KEY": None}
+    return bad_value(name, value, " or ".join(wants))
+
+
+def _locate(loc: tuple[int | str, ...], table: dict[str, Any], cls: Any) -> tuple[list[str], Any, Any]:
+    """The part of an error's location that names keys (the rest names branches of a union)."""
+    path: list[str] = []
+    value: Any = table
+    owner = cls
+    for part in loc:
+        if isinstance(value, dict) and part in value:
+            path.append(str(part))
+            value = value[part]
+            if isinstance(value, dict) and len(path) < len(loc):
+                owner = _table_type(owner, str(part)) or owner
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    return path, value, owner
+
+
+def _table_type(owner: Any, name: str) -> Any:
+    """The dataclass of a nested table."""
+    default = next((f.default for f in dataclasses.fields(owner) if f.name == name), None)
+    return type(default) if dataclasses.is_dataclass(default) else None
+
+
+def _want(error: ErrorDetails) -> str:
+    """What would have been accepted, in a user's words."""
+    simple = {
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "tuple_type": "must be a list",
+        "too_long": "has too many entries",
+        "missing": "is missing entries",
+    }
+    if error["type"] in simple:
+        return simple[error["type"]]
+    return error["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")

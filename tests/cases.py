@@ -1,0 +1,82 @@
+"""The one table of what must hold for every strategy: its rows, and small models to try it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from gptnorm.config import BackboneName, InitConfig, ModelConfig
+from gptnorm.model import GPT
+from gptnorm.model.backbones import make_shape
+from gptnorm.shape import Shape
+from gptnorm.strategies import STRATEGIES, make_strategy
+
+BACKBONES: tuple[BackboneName, ...] = get_args(BackboneName)
+VOCAB, CONTEXT = 61, 16
+
+
+class Row(NamedTuple):
+    """What the conformance suite expects of one strategy."""
+
+    strategy: str
+    extra: Callable[[Shape], int]
+    """Parameters beyond those of the bare matrices and tables."""
+
+
+def _norms(per_block: int, ends: int) -> Callable[[Shape], int]:
+    return lambda s: (per_block * s.n_layers + ends) * s.d
+
+
+def _after_every_matrix(s: Shape) -> int:
+    return s.n_layers * sum(s.out_features(role) for role in s.matrix_roles) + s.d
+
+
+ROWS = (
+    Row("prenorm", _norms(2, 1)),
+    Row("prenorm_qknorm", lambda s: _norms(2, 1)(s) + s.n_layers * (s.d + s.d_kv)),
+    Row("postnorm", _norms(2, 0)),
+    Row("simplenorm", _after_every_matrix),
+    # alpha twice, s_qk, s_u and (gated) s_v per block; s_z
+    Row("ngpt", lambda s: s.n_layers * (2 * s.d + s.d_kv + (2 if s.gated else 1) * s.d_ff) + s.vocab),
+    Row("residual_dual", _norms(2, 1)),
+)
+assert [row.strategy for row in ROWS] == list(STRATEGIES), "every strategy has one row here"
+
+CASES = [(row.strategy, backbone) for row in ROWS for backbone in BACKBONES]
+
+
+def tiny_shape(backbone: BackboneName, **changes: Any) -> Shape:
+    """Two blocks of width 32, four heads (two key/value heads for llama3)."""
+    settings: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 80, **changes}
+    if backbone == "llama3":
+        settings.setdefault("n_kv_heads", 2)
+    return make_shape(ModelConfig(backbone=backbone, **settings), vocab=VOCAB, context=CONTEXT)
+
+
+def tiny_gpt(
+    strategy: str, backbone: BackboneName, *, seed: int = 0, options: dict[str, Any] | None = None, **changes: Any
+) -> GPT:
+    """A model of `tiny_shape`, on whatever device is current."""
+    return GPT(
+        tiny_shape(backbone, **changes),
+        make_strategy(strategy, options or {}),
+        backbone=backbone,
+        init=InitConfig(std="twin"),
+        seed=seed,
+    )
+
+
+def tokens(batch: int = 3, length: int = CONTEXT, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def shake(model: GPT, seed: int = 7) -> GPT:
+    """Moves every gain and scale off its initial value, so that forgetting one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
