@@ -62,8 +62,7 @@ class Recipe:
             UserError: an unknown key, a wrong value, an unknown strategy or preset.
         """
         layers = [*self.layers, Layer(tree=parse_overrides(overrides))]
-        if strategy is None:
-            strategy = _last(layers, "model", "strategy") or ModelConfig.strategy
+        strategy = str(strategy or _last(layers, "model", "strategy") or "")
         backbone = _last(layers, "model", "backbone") or ModelConfig.backbone
 
         tree: Tree = {}
@@ -222,4 +221,3 @@ def _expand_preset(tree: Tree, backbone: Any) -> Tree:
 
 def _without_none(tree: Tree) -> Tree:
     return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}
-

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gptnorm.norms import LearnedScale, Norm
 from gptnorm.model.rope import rotate, rotations
+from gptnorm.norms import LearnedScale, Norm
 
 N = 12
 
@@ -25,7 +25,7 @@ def test_against_torch(eps: float) -> None:
     }
     for kind, layer in theirs.items():
         ours = Norm(kind=kind, size=N, eps=eps).build().double()  # type: ignore[arg-type]
-        layer = layer.double()
+        layer.double()
         if ours.gain is not None:
             with torch.no_grad():
                 ours.gain.copy_(torch.linspace(0.5, 2, N))

@@ -151,9 +151,9 @@ def _loss_range(study: Study) -> tuple[float, float]:
     low, worst = means[0], means[-1]
     seeds = [loss for row in study.rows for entry in row.entries if entry.complete for loss in entry.losses.values()]
     low = min([low, *seeds])
-    # Half of what was measured, and every strategy's best with as much room again, must be in sight.
+    # Every strategy's best with as much room again, and at least 15 % above the lowest loss.
     bests = [best_loss(row) for row in study.ranked]
-    wanted = max(float(np.median(means)), low + 2 * (max(bests, default=low) - low))
+    wanted = low + max(2 * (max(bests, default=low) - low), 0.15 * abs(low))
     high = worst if worst - low <= 1.6 * (wanted - low) else wanted
     span = max(high - low, 1e-3, 1e-4 * abs(low))
     return low - 0.06 * span, high + 0.08 * span

@@ -14,7 +14,7 @@ from gptnorm.report.records import finite
 from gptnorm.report.results import Study
 from gptnorm.report.shared import environment_pairs, setting_table
 from gptnorm.report.table import CellText, cell_text, footnotes
-from gptnorm.report.verdict import caveats, gap_reading, verdict
+from gptnorm.report.verdict import caveats, gap_reading, interval_text, verdict
 
 REPORT = "report.html"
 
@@ -121,18 +121,19 @@ def _ranking(study: Study) -> list[Markup]:
                 page.head_cell(row.strategy),
                 page.data_cell(spread_text(row.best.mean, row.best.sd)),
                 page.data_cell(lr_text(row.best.lr) + edge),
-                page.data_cell("lowest" if gap is None else spread_text(gap.mean, gap.sd)),
+                page.data_cell("lowest" if gap is None else loss_text(gap.mean)),
+                page.data_cell("" if gap is None else interval_text(gap)),
                 page.data_cell("" if gap is None else gap_reading(gap), "words reading"),
                 page.data_cell("none" if trained is None else lr_text(trained)),
                 page.data_cell(count_text(row.parameters)),
             ]
         )
-    head = ["strategy", "loss", "at", "paired gap", "reading", "trains up to", "parameters"]
+    head = ["strategy", "loss", "at", "paired gap", "95 % interval", "reading", "trains up to", "parameters"]
     label = "Each strategy at its own best learning rate"
     note = (
         "Edge: the lowest or highest learning rate tried, so no optimum. Paired gap: loss minus that of the "
-        "first row, seed by seed, mean ± sd over seeds. Trains up to: the highest learning rate of the grid where "
-        "every seed finished and learned more than token frequencies."
+        "first row, seed by seed, with its paired t-interval. Trains up to: the highest learning rate of the grid "
+        "where every seed finished and learned more than token frequencies."
     )
     ranking = page.table(label, head, rows, class_="numbers", words=frozenset({"reading"}))
     return [page.section(label, [ranking, tag("p", note, class_="notes")])]

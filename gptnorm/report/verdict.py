@@ -6,7 +6,7 @@ Every sentence is computed from the data and plain text; whoever shows it escape
 from __future__ import annotations
 
 from gptnorm.report.format import loss_text, lr_text, names_text, plural, spread_text
-from gptnorm.report.gaps import Gap, coverage, paired_gaps
+from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.results import Row, Study, best_loss
 
 
@@ -38,10 +38,13 @@ def caveats(study: Study) -> list[str]:
     if seeds < 2:
         notes.append("One seed shows no spread: no difference here can be told from chance.")
     else:
-        few = f" {plural(seeds, 'seed').capitalize()} give only a rough idea." if seeds < 5 else ""
+        few = (
+            f" {plural(seeds, 'seed').capitalize()} make it wide: five or more are needed to tell small gaps."
+            if seeds < 5
+            else ""
+        )
         notes.append(
-            "“Within the seed spread” means that a mean paired gap is at most two standard errors. "
-            f"With {seeds} seeds, two standard errors hold the true gap about {coverage(seeds):.0%} of the time "
+            "A gap “may be chance” if its 95 % paired t-interval over the seeds holds zero "
             f"(normal differences assumed).{few}"
         )
     if len(study.ranked) > 2:
@@ -67,7 +70,7 @@ def gap_reading(gap: Gap) -> str:
     """What a paired gap says, in a few careful words."""
     if gap.seeds < 2:
         return "one seed: cannot be told from chance"
-    return "within the seed spread" if gap.within_seed_spread else "more than the seed spread"
+    return "may be chance" if gap.may_be_chance else "more than chance explains"
 
 
 def _winner(study: Study) -> str:
@@ -94,18 +97,19 @@ def _runner_up(study: Study) -> list[str]:
     head = f"Next is {second.strategy} with {loss_text(best_loss(second))} at {lr_text(second.best.lr)}"
     if gap.seeds < 2:
         return [f"{head}, {loss_text(gap.mean)} higher; with one seed that cannot be told from chance."]
-    caution = (
-        f" (a rough reading: {gap.seeds} seeds, and the best learning rates were picked on the same ones)"
-        if gap.seeds < 5
-        else " (the best learning rates were picked on the same seeds)"
-    )
-    amount = f"{spread_text(gap.mean, gap.sd)} higher, seed by seed"
-    sentences = [f"{head}, {amount}: {gap_reading(gap)}{caution}."]
-    close = [gap.strategy for gap in gaps[1:] if gap.within_seed_spread]
+    assert gap.interval is not None
+    reading = f"{loss_text(gap.mean)} higher seed by seed (95 % interval {interval_text(gap)}, {gap.seeds} seeds)"
+    sentences = [f"{head}, {reading}: {gap_reading(gap)}."]
+    close = [gap.strategy for gap in gaps[1:] if gap.may_be_chance]
     if close:
-        verb = "is" if len(close) == 1 else "are"
-        sentences.append(f"{names_text(close)} {verb} within the seed spread of {gap.reference} too.")
+        verb = "lead" if len(close) == 1 else "leads"
+        sentences.append(f"The {verb} over {names_text(close)} may be chance too.")
     return sentences
+
+
+def interval_text(gap: Gap) -> str:
+    """The interval of a gap, such as "-0.0114 to 0.0174"."""
+    return "" if gap.interval is None else f"{gap.interval[0]:.4f} to {gap.interval[1]:.4f}"
 
 
 def _collapsed(study: Study) -> list[str]:

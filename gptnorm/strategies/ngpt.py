@@ -17,11 +17,12 @@ published one is not a rotation).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from gptnorm.config import STRICT, PositiveFloat
+from gptnorm.config import STRICT, PositiveFloat, Scalar
 from gptnorm.norms import After, LearnedScale, Norm
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies.base import Attention, Branch, Card, Constraint, Draw, FeedForward, State, Strategy
@@ -46,7 +47,7 @@ class NGPT(Strategy):
         ours="with grouped queries the heads of a group share s_qk; learned positions are unit rows that are "
         "added and normed once; an ungated feed-forward has √d and s_u before its activation",
     )
-    recipe_defaults = {"optim.warmup": 0, "optim.weight_decay": 0, "optim.floor": 0}
+    recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"optim.warmup": 0, "optim.weight_decay": 0, "optim.floor": 0}
 
     alpha_init: PositiveFloat = 0.05
     """Initial step towards a branch's output (the paper uses 0.1 for its 1B model at 8k context)."""

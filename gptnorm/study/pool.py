@@ -112,6 +112,7 @@ class _Display:
         self._console = console
         self._steps = {cell.folder: cell.config.train.steps for cell in cells}
         self._reached: dict[str, int] = {}
+        self._now: dict[str, str] = {}
         self._ended = 0
         self._progress = Progress(
             TextColumn("{task.fields[cells]}"),
@@ -136,14 +137,14 @@ class _Display:
         """Moves the bar to what the workers last said."""
         self._reached |= {name: step for name, (step, _) in latest.items()}
         if self._console.is_terminal:
-            now = ", ".join(f"{name.removeprefix('cells/')} {loss:.2f}" for name, (_, loss) in latest.items())
-            self._progress.update(
-                self._task, completed=sum(self._reached.values()), cells=self._count(), **({"now": now} if now else {})
-            )
+            self._now |= {name: f"{name.removeprefix('cells/')} {loss:.2f}" for name, (_, loss) in latest.items()}
+            done, now = sum(self._reached.values()), ", ".join(self._now.values())
+            self._progress.update(self._task, completed=done, cells=self._count(), now=now)
 
     def finished(self, cell: Cell, result: Result) -> None:
         """Counts a cell and says how it ended."""
         self._ended += 1
+        self._now.pop(cell.folder, None)
         self._reached[cell.folder] = self._steps[cell.folder]
         ended = f"{result.val_loss:.4f}" if result.val_loss is not None else f"diverged at step {result.step}"
         line = f"{self._count()}  {cell.strategy}  lr {cell.lr:g}  seed {cell.seed}  {ended}  ({result.seconds:.0f} s)"

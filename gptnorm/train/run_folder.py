@@ -86,7 +86,9 @@ class RunFolder:
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         write_atomic(self._metrics, "".join(kept))
 
-    def set_status(self, status: Status, step: int, *, val_loss: float | None = None, reason: str | None = None) -> None:
+    def set_status(
+        self, status: Status, step: int, *, val_loss: float | None = None, reason: str | None = None
+    ) -> None:
         record = {"status": status, "step": step, "val_loss": val_loss, "reason": reason}
         write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
