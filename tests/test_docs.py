@@ -1,0 +1,48 @@
+"""The Python code in docs and README runs, and the README's commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_runs(page: Path) -> None:
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)  # our own docs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_exist(page: Path) -> None:
+    """Every `gptnorm …` and `make …` line names a command, a shipped recipe and known settings."""
+    from gptnorm.cli import app
+    from gptnorm.recipe import load_recipe
+    from gptnorm.strategies import STRATEGIES
+
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        words = line.partition("#")[0].split()
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= set(targets), line
+        if words[:1] == ["gptnorm"]:
+            assert words[1] in app.commands, line
+            if words[1] == "train":
+                load_recipe(words[2]).resolve([] if words[2].endswith("/base") else words[3:])
+            if words[1] == "strategies" and len(words) > 2:
+                assert words[2] in STRATEGIES, line
