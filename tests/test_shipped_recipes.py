@@ -60,8 +60,12 @@ def test_laptop_recipes_differ_in_the_strategys_own_settings_only() -> None:
         if name.startswith("laptop/"):
             config = load_recipe(name).resolve()
             differing = {key for key, value in resolved(name).items() if base.get(key) != value}
-            own = set(type_defaults(config.model.strategy))
+            own = set(type_defaults(config.model.strategy)) | own_keys(name)
             assert differing <= own | {"model.strategy"}, name
+
+
+def own_keys(name: str) -> set[str]:
+    return {key for layer in load_recipe(name).layers for key in flatten(layer.own)}
 
 
 def type_defaults(strategy: str) -> dict[str, object]:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything here that needs a GPU, in order: the gpu tests, then step times at 124M and 1B in bf16,
+# eager and compiled. Needs no installation: the repository's root is put on the path.
+set -u
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+python3 -m pytest -q -m gpu tests/train
+python3 benchmarks/step_time.py papers/nanogpt/defaults train.batch_size=16 train.accumulate=1 \
+    --relative-to prenorm_qknorm
+# three 1B models with their optimizer states take about 50 GB
+python3 benchmarks/step_time.py papers/simplegpt/1B train.batch_size=8 train.accumulate=1 \
+    --relative-to prenorm_qknorm --strategies prenorm,simplenorm
