@@ -95,6 +95,7 @@ class Runner:
         if self.device.type != "cuda":
             return None
         own = 4 * 3 * sum(p.numel() for p in self.model.parameters())  # weights and Adam's two moments
+        self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated() - own
         torch.cuda.reset_peak_memory_stats()
