@@ -16,7 +16,10 @@ from gptnorm.errors import bad_value
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 """Unknown keys and silent conversions ("3" for 3, true for 1) are errors."""
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+"""Bounded so that a slip of the keyboard is an error here and not an overflow in torch or numpy."""
+
+Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -80,7 +83,7 @@ class InitConfig:
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
-    path: str | tuple[str, ...] = "sotu"
+    path: Text | tuple[Text, ...] = "sotu"
     """"sotu" (English speeches), "stdlib" (Python's own sources), a file, a folder, or a list of
     them (.txt, .md, .py, .jsonl, .jsonl.gz, .parquet), or a folder of ready shards
     (train.bin and val.bin, as nanoGPT writes them)."""
@@ -172,7 +175,7 @@ class CheckpointConfig:
 class RunConfig:
     """Where the run is written."""
 
-    dir: str | None = None
+    dir: Text | None = None
     """The run folder; must not hold a run yet. Left out: runs/<recipe>-<strategy>-<number>."""
 
 

@@ -13,6 +13,7 @@ project's defaults. A preset stands for its sizes in the layer that names it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -95,9 +96,9 @@ def load_recipe(name: str) -> Recipe:
             raise bad_value("extends", str(following), "a recipe cannot extend itself")
         seen.append(following.resolve())
         tree = _read_toml(following)
-        study = {**tree.pop("study", {}), **study}
+        study = {**_pop_table(tree, "study"), **study}
         extends = tree.pop("extends", None)
-        layers.insert(0, Layer(tree=tree, own=tree.pop("own", {})))
+        layers.insert(0, Layer(tree=tree, own=_pop_table(tree, "own")))
         if extends is not None and not isinstance(extends, str):
             raise bad_value("extends", extends, "must be the path of a recipe")
         following = following.parent / extends if extends else None
@@ -172,8 +173,10 @@ def shipped_recipes() -> list[str]:
 def _find_recipe(name: str) -> Path:
     relative = name.removeprefix("recipes/").removesuffix(".toml") + ".toml"
     for path in (Path(name), recipe_root() / relative):
-        if path.is_file():
-            return path
+        # A name that is too long for a file is an error of its own, even here.
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                return path
     raise UserError(f"recipe {name!r}: no such file, and no such recipe; there are {', '.join(shipped_recipes())}")
 
 
@@ -182,16 +185,27 @@ def _read_toml(path: Path) -> Tree:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _pop_table(tree: Tree, name: str) -> Tree:
+    table = tree.pop(name, {})
+    if not isinstance(table, dict):
+        raise bad_value(name, table, f"must be a table; write its keys as {name}.KEY")
+    return table
 
 
 def _parse_value(text: str) -> Any:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        parsed = tomllib.loads(f"value = {text}")
+    except ValueError:
         return text
-    return value if isinstance(value, bool | int | float | str | list) else text
+    value = parsed.pop("value")
+    # Whatever else the text said, on a second line, must not be lost.
+    return value if isinstance(value, bool | int | float | str | list) and not parsed else text
 
 
 def _get(tree: Tree, table: str, key: str) -> Any:
@@ -213,6 +227,8 @@ def _expand_preset(tree: Tree, backbone: Any) -> Tree:
     published: Tree = dict.fromkeys(("n_kv_heads", "d_ff", "ffn_multiple", "tied"))
     if backbone not in ("gpt2", "llama2", "llama3"):
         raise bad_value("model.backbone", backbone, "must be 'gpt2', 'llama2' or 'llama3'")
+    if not isinstance(name, str):
+        raise bad_value("model.preset", name, "must be text")
     published |= preset_sizes(backbone, name)
     expanded: Tree = {"model": published, "init": {"std": "published"}}
     merge(expanded, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -26,11 +27,11 @@ def read_table(cls: type[T], table: dict[str, Any], *, key: str = "") -> T:
     """
     # JSON is the strict mode in which a list may stand for a tuple, as in TOML.
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(table), strict=True)
+        return TypeAdapter(cls).validate_json(json.dumps(table, ensure_ascii=False).encode(), strict=True)
     except ValidationError as error:
         raise _one_line(error.errors(), cls, table, key) from None
-    except TypeError:
-        raise bad_value(key or "the recipe", table, "dates and times are not settings") from None
+    except (TypeError, ValueError):
+        raise _not_plain(table, key) from None
 
 
 def field_names(cls: Any) -> list[str]:
@@ -52,12 +53,37 @@ def _one_line(errors: list[ErrorDetails], cls: Any, table: dict[str, Any], key: 
     path, value, owner = _locate(errors[0]["loc"], table, cls)
     name = ".".join(filter(None, [key, *path]))
     here = [e for e in errors if _locate(e["loc"], table, cls)[0] == path]
+    # A wrong entry also makes its list too short; the entry is what the person got wrong.
+    here = [e for e in here if e["type"] != "too_short"] or here
     if any(e["type"] in ("unexpected_keyword_argument", "extra_forbidden") for e in here):
         return unknown_key(name, field_names(owner))
     wants = dict.fromkeys(_want(e) for e in here)
     if any(e["type"] == "dataclass_type" for e in here):
-        wants = {"must be a table; write its keys as " + name + ".KEY": None}
-    return bad_value(name, value, " or ".join(wants))
+        wants = {"must be a table": None}
+    if "must be a table" in wants:
+        return bad_value(name, value, f"must be a table; write its keys as {name}.KEY")
+    first, *others = wants
+    return bad_value(name, value, " or ".join([first, *(want.removeprefix("must be ") for want in others)]))
+
+
+def _not_plain(table: dict[str, Any], key: str) -> UserError:
+    """Names the first value that JSON cannot hold: a date, or text that is not Unicode."""
+    for name, value in table.items():
+        path = ".".join(filter(None, [key, name]))
+        if isinstance(value, dict):
+            with contextlib.suppress(LookupError):
+                return _not_plain(value, path)
+        elif not _is_plain(value):
+            return bad_value(path, value, "must be a number, text, true or false, or a list of them")
+    raise LookupError(key)
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _locate(loc: tuple[int | str, ...], table: dict[str, Any], cls: Any) -> tuple[list[str], Any, Any]:
@@ -90,7 +116,10 @@ def _want(error: ErrorDetails) -> str:
         "float_type": "must be a number",
         "bool_type": "must be true or false",
         "string_type": "must be text",
-        "tuple_type": "must be a list",
+        "dict_type": "must be a table",
+        "tuple_type": 'must be a list, such as [1, 2] or ["a", "b"]',
+        "too_short": "must not be empty",
+        "string_too_short": "must not be empty",
         "too_long": "has too many entries",
         "missing": "is missing entries",
     }

@@ -27,7 +27,7 @@ from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.recipe import Recipe, flatten, load_recipe, parse_overrides, to_tree
 from gptnorm.study.pool import run_cells
-from gptnorm.train.loop import check_vocab, resolve_device
+from gptnorm.train.loop import check_vocab, open_batches, refuse_unknown_ids, resolve_device
 from gptnorm.typed import read_table
 
 
@@ -59,7 +59,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Relative to the study folder."""
-        return f"cells/{self.strategy}/lr-{self.lr:g}-seed-{self.seed}"
+        return f"cells/{self.strategy}/lr-{self.lr!r}-seed-{self.seed}"
 
 
 def run_study(name: str, overrides: tuple[str, ...], folder: Path, console: Console) -> Path:
@@ -78,13 +78,16 @@ def run_study(name: str, overrides: tuple[str, ...], folder: Path, console: Cons
     with console.status("preparing the text …"):
         shards = prepare(cells[0].config.data)
     for cell in cells:
-        check_vocab(cell.config, shards)
+        open_batches(cell.config, shards)
     device = resolve_device(cells[0].config.train.device)
-    workers = study.workers or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
-
-    _move_aside(folder)
-    folder.mkdir(parents=True)
+    workers = study.workers or (1 if device.type == "cuda" else _cores())
     facts = _describe(recipe, study, cells, shards, overrides, describe_environment(device))
+
+    try:
+        _move_aside(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     write_atomic(folder / "study.json", json.dumps(facts, indent=2) + "\n")
     started = time.monotonic()
     with (folder / "cells.jsonl").open("a", encoding="utf-8") as ledger:
@@ -137,9 +140,24 @@ def unigram_entropy(train: np.ndarray, val: np.ndarray, vocab: int) -> float:
 
     Frequencies are counted on `train` with one added to each, so that no token has none.
     """
-    counts = np.bincount(train, minlength=vocab).astype(np.float64) + 1
-    share = np.bincount(val, minlength=vocab) / len(val)
+    counts = _count(train, vocab) + 1.0
+    share = _count(val, vocab) / len(val)
     return float(-(share * np.log(counts / counts.sum())).sum())
+
+
+def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
+    """How often each id occurs; in parts, since bincount makes eight bytes of every token."""
+    counts = np.zeros(vocab, np.int64)
+    for start in range(0, len(tokens), 1 << 24):
+        part = tokens[start : start + (1 << 24)]
+        refuse_unknown_ids(part, vocab)
+        counts += np.bincount(part, minlength=vocab)
+    return counts
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells (Linux), else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def split_settings(cells: list[Cell]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -83,6 +84,8 @@ def run_cells(
 def _start_worker(queue: Any) -> None:
     global _queue  # noqa: PLW0603 - the pool's only way to hand a queue to its processes
     _queue = queue
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The parent prints; a worker's warnings would tear the display.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

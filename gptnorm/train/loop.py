@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ class Result:
 
 def start_run(config: Config, shards: Shards, path: Path, watcher: Watcher | None = None) -> Result:
     """Trains a new run into `path`; everything that can be wrong with the input is found before it is made."""
-    trainer = _Trainer(config, shards, watcher or Silent())
-    return trainer.run(RunFolder.create(path, config, describe_environment(trainer.device)))
+    with _within_memory(config):
+        trainer = _Trainer(config, shards, watcher or Silent())
+        return trainer.run(RunFolder.create(path, config, describe_environment(trainer.device)))
 
 
 def resume_run(path: Path, shards: Shards, watcher: Watcher | None = None) -> Result:
@@ -56,10 +57,12 @@ def resume_run(path: Path, shards: Shards, watcher: Watcher | None = None) -> Re
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise UserError(f"{path}: has no checkpoint to resume from; checkpoint.every sets how often one is written")
-    trainer = _Trainer(folder.config(), shards, watcher or Silent())
-    trainer.restore(checkpoint)
-    folder.rewind(trainer.step)
-    return trainer.run(folder)
+    config = folder.config()
+    with _within_memory(config):
+        trainer = _Trainer(config, shards, watcher or Silent())
+        trainer.restore(checkpoint)
+        folder.rewind(trainer.step)
+        return trainer.run(folder)
 
 
 class _Trainer:
@@ -73,9 +76,8 @@ class _Trainer:
         self.watcher = watcher
         self.device = resolve_device(train.device)
         self.vocab = check_vocab(config, shards)
-        self.sampler = Sampler(shards.train, train.batch_size, train.seq_len, config.seed)
-        micro = train.batch_size // train.accumulate
-        self.validation = list(validation_windows(shards.val, micro, train.seq_len, train.eval_batches))
+        self.fingerprint = shards.fingerprint
+        self.sampler, self.validation = open_batches(config, shards)
         self.model = build_gpt(config, vocab=self.vocab, device=self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loss: Callable[[Tensor], Tensor] = torch.compile(self.model.loss) if train.compile else self.model.loss
@@ -85,6 +87,8 @@ class _Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Model, optimizer and step from a checkpoint."""
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        if state.get("data", self.fingerprint) != self.fingerprint:
+            raise bad_value("data.path", self.config.data.path, "the text is not what it was when this run began")
         self.step, self.seconds = state["step"], state["seconds"]
 
     def run(self, folder: RunFolder) -> Result:
@@ -106,9 +110,8 @@ class _Trainer:
                 self.seconds = time.monotonic() - started
                 last = self.step == steps and self.config.checkpoint.final
                 if self._due(self.config.checkpoint.every) or last:
-                    save_checkpoint(
-                        folder.checkpoints, self.step, self.model, self.optimizer, {"seconds": self.seconds}
-                    )
+                    state = {"seconds": self.seconds, "data": self.fingerprint}
+                    save_checkpoint(folder.checkpoints, self.step, self.model, self.optimizer, state)
                     prune_checkpoints(folder.checkpoints, self.config.checkpoint.keep)
             if val_loss is None:
                 # Resumed after the last step: its validation was written before its checkpoint.
@@ -116,7 +119,8 @@ class _Trainer:
             if val_loss is None or not math.isfinite(val_loss):
                 return self._end(folder, "diverged", None, "validation loss")
             return self._end(folder, "finished", val_loss, None)
-        except KeyboardInterrupt:
+        except BaseException:
+            # Ctrl-C, a full disk, a reader of our output that left: the run can be resumed.
             folder.set_status("interrupted", self.step)
             raise
         finally:
@@ -227,16 +231,57 @@ def check_vocab(config: Config, shards: Shards) -> int:
     wanted = config.model.vocab_size
     if wanted is None and shards.vocab_size is None:
         raise UserError("model.vocab_size: the shards have no manifest, so it must be set (GPT-2's tokens: 50257)")
+    ids = np.iinfo(shards.train.dtype).max + 1
+    if wanted is not None and shards.vocab_size is None and wanted > ids:
+        # Without a manifest uint32 would be read as twice as many uint16.
+        raise bad_value("model.vocab_size", wanted, f"at most {ids}, what the shards' {shards.train.dtype} can hold")
     if wanted is not None and shards.vocab_size is not None and wanted < shards.vocab_size:
         raise bad_value("model.vocab_size", wanted, f"at least {shards.vocab_size}, the tokenizer's vocabulary")
     return wanted or shards.vocab_size or 0
 
 
-def check_ids(tokens: np.ndarray, vocab: int) -> Tensor:
-    """The batch as a tensor; a token id outside the embedding would be a crash on a GPU."""
+def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarray]]:
+    """The training batches and the validation windows; UserError if the text is too short for them.
+
+    The first of each is looked at here, so that ids beyond the embedding show before a run is made.
+    """
+    train = config.train
+    sampler = Sampler(shards.train, train.batch_size, train.seq_len, config.seed)
+    micro = train.batch_size // train.accumulate
+    # As many windows however the batch is cut, so that accumulation does not change what is measured.
+    batches = train.eval_batches * train.accumulate
+    validation = list(validation_windows(shards.val, micro, train.seq_len, batches))
+    vocab = check_vocab(config, shards)
+    for tokens in (sampler.batch(0), *validation):
+        refuse_unknown_ids(tokens, vocab)
+    return sampler, validation
+
+
+@contextlib.contextmanager
+def _within_memory(config: Config) -> Iterator[None]:
+    """Tells in one line that a model or a batch does not fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator of torch has no exception of its own.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        size = config.train.batch_size
+        raise bad_value(
+            "train.batch_size", size, "out of memory; lower it, raise train.accumulate, or take a smaller model"
+        ) from None
+
+
+def refuse_unknown_ids(tokens: np.ndarray, vocab: int) -> None:
+    """A token id outside the embedding would be a crash on a GPU."""
     largest = int(tokens.max())
     if largest >= vocab:
         raise bad_value("model.vocab_size", vocab, f"the shards hold the token id {largest}, so more are needed")
+
+
+def check_ids(tokens: np.ndarray, vocab: int) -> Tensor:
+    """The batch as a tensor, its ids known to the embedding."""
+    refuse_unknown_ids(tokens, vocab)
     return torch.from_numpy(tokens)
 
 

@@ -40,11 +40,13 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run, or cannot be made.
         """
-        if (path / "config.toml").exists():
-            raise bad_value(
-                "run.dir", str(path), f"holds a run already; continue it with 'gptnorm resume {path}', or name another"
-            )
         try:
+            if (path / "config.toml").exists():
+                raise bad_value(
+                    "run.dir",
+                    str(path),
+                    f"holds a run already; continue it with 'gptnorm resume {path}', or name another",
+                )
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "environment.json", json.dumps(environment, indent=2) + "\n")
             (path / "metrics.jsonl").touch()
@@ -72,6 +74,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl; a kill may have left half a line at the end."""
+        if not self._metrics.is_file():
+            raise UserError(f"{self._metrics}: no such file, so the run cannot be continued")
         found = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines():
             try:

@@ -1,0 +1,55 @@
+"""What only a CUDA device can show; run with -m gpu."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cases import CASES
+
+from gptnorm.data import prepare
+from gptnorm.recipe import load_recipe
+from gptnorm.train.loop import resume_run, start_run
+
+pytestmark = pytest.mark.gpu
+
+
+def train(recipe, path, *settings):
+    config = load_recipe(str(recipe)).resolve(["train.device=cuda", *settings])
+    result = start_run(config, prepare(config.data), path)
+    return result, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("strategy", "backbone"), CASES)
+def test_fp32_loss_is_the_cpu_s(recipe, tmp_path, strategy, backbone):
+    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}")
+    _, gpu = train(recipe, tmp_path / "gpu", *settings)
+    _, cpu = train(recipe, tmp_path / "cpu", *settings, "train.device=cpu")
+    assert [line["loss"] for line in gpu] == pytest.approx([line["loss"] for line in cpu], rel=2e-3)
+
+
+@pytest.mark.parametrize(("strategy", "backbone"), CASES)
+def test_bf16_steps(recipe, tmp_path, strategy, backbone):
+    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}")
+    _, fp32 = train(recipe, tmp_path / "fp32", *settings)
+    result, bf16 = train(recipe, tmp_path / "bf16", *settings, "train.precision=bf16")
+    assert result.status == "finished"
+    assert [line["loss"] for line in bf16] == pytest.approx([line["loss"] for line in fp32], rel=0.03)
+
+
+@pytest.mark.parametrize("strategy", sorted({strategy for strategy, _ in CASES}))
+def test_compiled_bf16_is_close_to_eager(recipe, tmp_path, strategy):
+    settings = (f"model.strategy={strategy}", "train.precision=bf16")
+    _, eager = train(recipe, tmp_path / "eager", *settings)
+    _, compiled = train(recipe, tmp_path / "compiled", *settings, "train.compile=true")
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=0.03)
+
+
+def test_resume_is_bit_identical(recipe, tmp_path):
+    settings = ("checkpoint.every=2", "checkpoint.keep=9")
+    _, straight = train(recipe, tmp_path / "run", *settings)
+    for name in ("step-000006", "step-000004"):
+        (tmp_path / "run/checkpoints" / name).rename(tmp_path / name)
+    resume_run(tmp_path / "run", prepare(load_recipe(str(recipe)).resolve().data))
+    again = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["split"], x["loss"]) for x in again] == [(x["step"], x["split"], x["loss"]) for x in straight]

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+
+from gptnorm.data import prepare
+from gptnorm.errors import UserError
+from gptnorm.recipe import load_recipe
+from gptnorm.train import loop
+from gptnorm.train.loop import resume_run, start_run
+
+
+def lines(path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (path / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def losses(path):
+    return [(line["step"], line["split"], line["loss"]) for line in lines(path)]
+
+
+def train(recipe, path, *settings):
+    config = load_recipe(str(recipe)).resolve(settings)
+    return start_run(config, prepare(config.data), path)
+
+
+class Stop(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+class StopAt:
+    def __init__(self, at):
+        self.at = at
+
+    def start(self, step, steps): ...
+    def validation(self, step, loss): ...
+    def stop(self): ...
+
+    def step(self, step, loss, tokens_per_second):
+        if step == self.at:
+            raise Stop
+
+
+def test_overfits_one_batch(recipe, tmp_path, text):
+    # One window's worth of tokens: every batch is the same few windows.
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(0, 50, 17).astype("<u2")
+    tokens.tofile(folder / "train.bin")
+    tokens.tofile(folder / "val.bin")
+    result = train(
+        recipe, tmp_path / "run", f"data.path={folder}", "model.vocab_size=50", "train.steps=150", "optim.lr=0.02"
+    )
+    assert lines(tmp_path / "run")[0]["loss"] > 0.8 * math.log(50)
+    assert result.val_loss is not None
+    assert result.val_loss < 0.1
+
+
+def test_same_seed_same_losses_other_seed_others(recipe, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(recipe, tmp_path / name, f"seed={seed}")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_metrics_have_every_step_once_and_validation_last(recipe, tmp_path):
+    result = train(recipe, tmp_path / "run", "train.eval_every=2")
+    steps = [(line["step"], line["split"]) for line in lines(tmp_path / "run")]
+    assert steps == [(s, k) for s in range(1, 7) for k in (("train", "val") if s % 2 == 0 else ("train",))]
+    assert lines(tmp_path / "run")[-1]["loss"] == result.val_loss
+
+
+def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text):
+    """At rate zero the weights are those of step 0, so that any other code can compute the loss."""
+    result = train(recipe, tmp_path / "run", "optim.lr=0", "train.steps=1", "train.eval_batches=3")
+    config = load_recipe(str(recipe)).resolve()
+    shards = prepare(config.data)
+    model = loop.build_gpt(config, vocab=257)
+    val = torch.from_numpy(shards.val.astype(np.int64))
+    count = (len(val) - 1) // 16
+    starts = [i * count // 12 * 16 for i in range(12)]
+    one = [
+        torch.nn.functional.cross_entropy(model(val[None, s : s + 16])[0], val[s + 1 : s + 17]).item() for s in starts
+    ]
+    assert result.val_loss == pytest.approx(sum(one) / 12, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_one_big_batch(recipe, tmp_path, parts):
+    train(recipe, tmp_path / "one", "optim.clip=0")
+    train(recipe, tmp_path / "many", "optim.clip=0", f"train.accumulate={parts}")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "many"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        if a["split"] == "train":
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("strategy", "backbone"), CASES)
+def test_resume_after_any_stops_is_bit_identical(recipe, tmp_path, strategy, backbone):
+    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}", "checkpoint.every=2", "train.eval_every=3")
+    train(recipe, tmp_path / "straight", *settings)
+    config = load_recipe(str(recipe)).resolve(settings)
+    shards = prepare(config.data)
+    with pytest.raises(Stop):
+        start_run(config, shards, tmp_path / "cut", StopAt(3))
+    with pytest.raises(Stop):
+        resume_run(tmp_path / "cut", shards, StopAt(5))
+    torch.manual_seed(99)  # the global generator must not matter
+    resume_run(tmp_path / "cut", shards)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+    name = "checkpoints/step-000006/model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_resuming_a_finished_run_repeats_its_result(recipe, tmp_path):
+    first = train(recipe, tmp_path / "run")
+    before = losses(tmp_path / "run")
+    again = resume_run(tmp_path / "run", prepare(load_recipe(str(recipe)).resolve().data))
+    assert (again.status, again.val_loss) == ("finished", first.val_loss)
+    assert losses(tmp_path / "run") == before
+
+
+def test_resolved_config_reproduces_the_run(recipe, tmp_path):
+    train(recipe, tmp_path / "a", f"run.dir={tmp_path / 'a'}", "optim.schedule=wsd", "strategy.eps=1e-4")
+    train(tmp_path / "a" / "config.toml", tmp_path / "b", f"run.dir={tmp_path / 'b'}")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_resume_refuses_other_text(recipe, tmp_path, text):
+    mine = tmp_path / "mine.txt"
+    shutil.copy(text, mine)
+    train(recipe, tmp_path / "run", f"data.path={mine}")
+    mine.write_text(text.read_text().replace("fox", "cat"))
+    config = load_recipe(str(recipe)).resolve([f"data.path={mine}"])
+    with pytest.raises(UserError, match=r"data\.path"):
+        resume_run(tmp_path / "run", prepare(config.data))
+
+
+def test_divergence_stops_before_the_update(recipe, tmp_path, monkeypatch):
+    """Gradients are spoilt at step 3; the weights must be those after step 2, and the file stays JSON."""
+    config = load_recipe(str(recipe)).resolve()
+    trainer = loop._Trainer(config, prepare(config.data), loop.Silent())
+    kept = {}
+    weight = trainer.model.blocks[0].own.attn_norm.gain
+
+    def spoil(grad):
+        if trainer.step == 2:
+            kept.update({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+            return grad * math.inf
+        return grad
+
+    weight.register_hook(spoil)
+    result = trainer.run(loop.RunFolder.create(tmp_path / "run", config, {}))
+    assert (result.status, result.step, result.val_loss) == ("diverged", 2, None)
+    assert result.reason == "gradient of blocks.0.own.attn_norm.gain"
+    assert kept
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, kept[name]), name
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "diverged"
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+def test_bad_data_is_found_before_the_folder_is_made(recipe, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tokens = np.arange(200, dtype="<u2")
+    tokens.tofile(folder / "train.bin")
+    tokens.tofile(folder / "val.bin")
+    for settings, key in (
+        ((), "model.vocab_size"),
+        (("model.vocab_size=100",), "model.vocab_size"),
+        (("model.vocab_size=70000",), "model.vocab_size"),
+        (("model.vocab_size=200", "train.seq_len=200"), "train.seq_len"),
+        (("model.vocab_size=200", "train.device=cuda:99"), "train.device"),
+    ):
+        with pytest.raises(UserError, match=key):
+            train(recipe, tmp_path / "run", f"data.path={folder}", *settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_bf16_trains_close_to_fp32(recipe, tmp_path):
+    train(recipe, tmp_path / "fp32")
+    train(recipe, tmp_path / "bf16", "train.precision=bf16")
+    a, b = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert a != b, "autocast did nothing"
+    assert [x[2] for x in a] == pytest.approx([x[2] for x in b], rel=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_run_gives_the_same_losses(recipe, tmp_path):
+    train(recipe, tmp_path / "eager")
+    train(recipe, tmp_path / "compiled", "train.compile=true")
+    for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert a[2] == pytest.approx(b[2], rel=1e-4)
