@@ -127,7 +127,7 @@ def finish(path: Path, result: Result) -> None:
 
     say(f"report: {write_run_report(path)}")
     if result.status == "diverged":
-        say(f"diverged at step {result.step}: the {result.reason} was non-finite first; the update was not made")
+        say(f"diverged at step {result.step}: the {result.reason} was non-finite first; nothing was updated with it")
         raise click.exceptions.Exit(EXIT_DIVERGED)
     say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s")
     say(f"validation loss {result.val_loss:.4f}")

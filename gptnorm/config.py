@@ -25,6 +25,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+BUILT_IN_CORPORA = ("sotu", "stdlib")
+BUILT_IN_TOKENIZERS = ("bytes", "bpe")
+
 BackboneName = Literal["gpt2", "llama2", "llama3"]
 Scalar = bool | int | float | str
 

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter
 
-from gptnorm.config import Config, ModelConfig
+from gptnorm.config import BUILT_IN_CORPORA, BUILT_IN_TOKENIZERS, Config, ModelConfig
 from gptnorm.errors import UserError, bad_value
 from gptnorm.model.presets import preset_sizes
 from gptnorm.strategies import find_strategy, make_strategy
@@ -81,7 +81,7 @@ class Recipe:
             tree["model"]["strategy"] = strategy
         config = read_table(Config, tree)
         make_strategy(strategy, config.strategy)
-        return config
+        return _with_absolute_paths(config)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -233,6 +233,19 @@ def _expand_preset(tree: Tree, backbone: Any) -> Tree:
     expanded: Tree = {"model": published, "init": {"std": "published"}}
     merge(expanded, tree)
     return expanded
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Local files by their full path: a run can then be resumed from any folder."""
+
+    def absolute(path: str) -> str:
+        local = Path(path).expanduser()
+        return str(local.absolute()) if path not in BUILT_IN_CORPORA and local.exists() else path
+
+    data = config.data
+    path = absolute(data.path) if isinstance(data.path, str) else tuple(map(absolute, data.path))
+    tokenizer = data.tokenizer if data.tokenizer in BUILT_IN_TOKENIZERS else absolute(data.tokenizer)
+    return replace(config, data=replace(data, path=path, tokenizer=tokenizer))
 
 
 def _without_none(tree: Tree) -> Tree:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptnorm.config import DataConfig
+from gptnorm.config import BUILT_IN_TOKENIZERS, DataConfig
 from gptnorm.data.corpora import Corpus, Document, open_corpus
 from gptnorm.data.shards import (
     DTYPES,
@@ -87,7 +87,7 @@ def _ready_folder(config: DataConfig) -> Path | None:
 
 def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
     """The configured tokenizer, None where it is yet to be trained."""
-    if config.tokenizer not in ("bytes", "bpe"):
+    if config.tokenizer not in BUILT_IN_TOKENIZERS:
         return read_tokenizer_json(config.tokenizer, config.end_of_text)
     if config.end_of_text not in (None, END_OF_TEXT):
         allowed = f"the tokenizer {config.tokenizer!r} has {END_OF_TEXT!r} only"

@@ -218,7 +218,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise bad_value("train.device", name, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
