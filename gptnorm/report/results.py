@@ -177,6 +177,13 @@ class Study:
         parameters = next((cell.parameters for cell in cells if cell.parameters is not None), None)
         return Row(strategy=strategy, entries=tuple(entries), parameters=parameters)
 
+    @property
+    def pooled_sd(self) -> float | None:
+        """The seed sd of all cells together, √(Σ(n−1)·sd² / Σ(n−1)): steadier than that of one cell."""
+        spreads = [(len(e.losses) - 1, e.sd) for row in self.rows for e in row.entries if e.complete]
+        degrees = sum(n for n, sd in spreads if sd is not None)
+        return math.sqrt(sum(n * sd**2 for n, sd in spreads if sd is not None) / degrees) if degrees else None
+
     def no_better_than_frequencies(self, entry: Entry) -> bool:
         """Whether a finite mean is at or above the unigram entropy: a run that collapsed, not one that learned."""
         return entry.mean is not None and self.unigram_entropy is not None and entry.mean >= self.unigram_entropy

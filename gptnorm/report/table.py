@@ -63,6 +63,8 @@ def footnotes(study: Study) -> list[str]:
         f", mean ± seed sd (ddof 1) over {plural(seeds, 'seed')}." if seeds > 1 else ", one seed."
     )
     notes = [mean]
+    if study.pooled_sd is not None:
+        notes.append(f"Over all cells together the seed sd is {loss_text(study.pooled_sd)}.")
     if BEST in marks:
         notes.append(f"{BEST} best of its row: lowest mean among the learning rates where every seed finished.")
     if EDGE in marks:

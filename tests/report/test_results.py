@@ -81,6 +81,16 @@ def test_ties_go_to_the_lower_learning_rate_and_the_earlier_strategy(tmp_path: P
     assert gap.may_be_chance
 
 
+def test_pooled_spread(tmp_path: Path) -> None:
+    # Variances 0.02 (one degree of freedom) and 1 (two): a diverged cell has no part in it.
+    cells: dict[str, dict[float, list[Outcome]]] = {
+        "a": {1e-3: [2.0, 2.2, None], 1e-2: [1.0, 2.0, 3.0], 1e-1: ["diverged", 9.0, 1.0]}
+    }
+    assert load_study(make_study(tmp_path, cells)).pooled_sd == pytest.approx(1.0)
+    even = load_study(make_study(tmp_path / "even", {"a": {1e-3: [2.0, 2.2], 1e-2: [1.0, 3.0]}}))
+    assert even.pooled_sd == pytest.approx(math.sqrt((0.02 + 2.0) / 2))
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     study = load_study(make_study(tmp_path, {"a": {1e-3: [2.0]}, "b": {1e-3: [1.0]}}))
     (gap,) = paired_gaps(study)
