@@ -46,3 +46,17 @@ def test_commands_exist(page: Path) -> None:
                 load_recipe(words[2]).resolve([] if words[2].endswith("/base") else words[3:])
             if words[1] == "strategies" and len(words) > 2:
                 assert words[2] in STRATEGIES, line
+
+
+def test_tables_are_those_of_their_ledgers() -> None:
+    """No number in a result table was typed by hand."""
+    from gptnorm.report import load_study, markdown_table
+
+    results = ROOT / "docs" / "results"
+    page = (results / "quickstart.md").read_text(encoding="utf-8")
+    ledgers = [path.parent for path in results.glob("*/study.json")]
+    assert ledgers
+    for folder in ledgers:
+        assert markdown_table(load_study(folder)).rstrip() in page, folder.name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert markdown_table(load_study(results / "quickstart")).rstrip() in readme

@@ -39,7 +39,8 @@ class SimpleNorm(Normed):
         folds="the gains of v, gate and up partly; the norms themselves stay",
         claims="3-10 times larger stable learning rates; 7B at 60K steps: training loss 2.208 against 2.290 "
         "for PreNorm + QK-norm; about 3 % more time per step",
-        measured="see docs/results/quickstart.md",
+        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
+        "validation loss 1.521 at 1e-2; 0.14 worse at ten times that, and the best of all at 1e-3",
         ours="on GPT-2 the placement (q, k, v apart, both feed-forward maps) is our reading of figure 1",
     )
 
