@@ -7,7 +7,7 @@ from urllib.parse import quote
 from gptnorm.report import page
 from gptnorm.report.curves import study_curves
 from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, plural, spread_text, value_text
-from gptnorm.report.gaps import paired_gaps
+from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, loss_against_lr
 from gptnorm.report.records import finite
@@ -102,6 +102,11 @@ def _cell(text: CellText) -> list[str]:
     return [str(text)]
 
 
+def _gap(gap: Gap) -> list[str]:
+    """The gap with its interval below."""
+    return [loss_text(gap.mean), " ", tag("span", interval_text(gap), class_="sd")]
+
+
 def _notes(study: Study) -> Markup:
     return tag("ul", [tag("li", note) for note in footnotes(study)], class_="notes")
 
@@ -121,21 +126,20 @@ def _ranking(study: Study) -> list[Markup]:
                 page.head_cell(row.strategy),
                 page.data_cell(spread_text(row.best.mean, row.best.sd)),
                 page.data_cell(lr_text(row.best.lr) + edge),
-                page.data_cell("lowest" if gap is None else loss_text(gap.mean)),
-                page.data_cell("" if gap is None else interval_text(gap)),
+                page.data_cell("lowest" if gap is None else _gap(gap)),
                 page.data_cell("" if gap is None else gap_reading(gap), "words reading"),
                 page.data_cell("none" if trained is None else lr_text(trained)),
                 page.data_cell(count_text(row.parameters)),
             ]
         )
-    head = ["strategy", "loss", "at", "paired gap", "95 % interval", "reading", "trains up to", "parameters"]
+    head = ["strategy", "loss", "at", "paired gap", "reading", "trains up to", "parameters"]
     label = "Each strategy at its own best learning rate"
     note = (
         "Edge: the lowest or highest learning rate tried, so no optimum. Paired gap: loss minus that of the "
-        "first row, seed by seed, with its paired t-interval. Trains up to: the highest learning rate of the grid "
+        "first row, seed by seed, over its 95 % paired t-interval. Trains up to: the highest learning rate of the grid "
         "where every seed finished and learned more than token frequencies."
     )
-    ranking = page.table(label, head, rows, class_="numbers", words=frozenset({"reading"}))
+    ranking = page.table(label, head, rows, class_="numbers grid", words=frozenset({"reading"}))
     return [page.section(label, [ranking, tag("p", note, class_="notes")])]
 
 
@@ -202,4 +206,4 @@ def _run_table(study: Study) -> Markup:
             ]
         )
     head = ["strategy", "learning rate", "seed", "status", "validation loss", "time", "run"]
-    return page.table("Every run", head, rows, class_="numbers", words=frozenset({"status", "run"}))
+    return page.table("Every run", head, rows, class_="numbers grid", words=frozenset({"status", "run"}))
