@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -166,6 +167,7 @@ def main() -> None:
 
     config = load_recipe(arguments.recipe).resolve(arguments.settings, strategy=names[0])
     device = resolve_device(config.train.device)
+    environment = describe_environment(device)
     rows = [row for mode in arguments.modes.split(",") for row in measure(names, arguments, mode == "compiled")]
 
     print(
@@ -177,10 +179,9 @@ def main() -> None:
             f"{row['strategy']:16} {row['mode']:9} {row['median_ms']:9.2f} {row['ratio']:7.3f} {quartiles:>15}"
             f" {row['saved_MiB'] or '':>10} {row['peak_MiB'] or '':>9}"
         )
-    environment = describe_environment(device)
     record = {
         "benchmark": "step_time",
-        "command": " ".join(["python benchmarks/step_time.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "relative_to": arguments.relative_to,
         "rounds": arguments.rounds,
         "precision": config.train.precision,

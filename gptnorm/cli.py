@@ -53,9 +53,9 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     found = load_recipe(recipe)
     config = found.resolve(settings)
     path = Path(config.run.dir) if config.run.dir else free_run_dir(found.name, config.model.strategy)
-    say(f"{config.model.strategy} on {config.model.backbone}, into {path}")
     with console.status("preparing the text …"):
         shards = prepare(config.data)
+    say(f"{config.model.strategy} on {config.model.backbone}, into {path}")
     finish(path, start_run(config, shards, path, make_watcher(console)))
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ def _describe(
     return {
         "title": study.title,
         "recipe": recipe.name,
-        "command": " ".join(["gptnorm", recipe.name, *overrides]),
+        "command": shlex.join(["gptnorm", recipe.name, *overrides]),
         "strategies": list(study.strategies),
         "lrs": sorted(study.lrs),
         "seeds": list(study.seeds),

@@ -110,7 +110,7 @@ class RunFolder:
 
 def free_run_dir(recipe: str, strategy: str) -> Path:
     """runs/<recipe>-<strategy>-<number>, the first number that is free."""
-    stem = recipe if recipe == strategy else f"{recipe}-{strategy}"
+    stem = recipe if recipe.endswith(strategy) else f"{recipe}-{strategy}"
     number = 1
     while (path := Path("runs") / f"{stem}-{number:03d}").exists():
         number += 1
