@@ -149,7 +149,7 @@ class OptimConfig:
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     decay_on: Literal["all", "matrices"] = "all"
-    """What decays: every tensor (SimpleGPT's code), or those of two or more dimensions (nanoGPT)."""
+    """What decays: every tensor (SimpleGPT's code), or linear maps and tables alone (nanoGPT)."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

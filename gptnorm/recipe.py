@@ -14,9 +14,8 @@ project's defaults. A preset stands for its sizes in the layer that names it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,10 +28,8 @@ from gptnorm.config import BUILT_IN_CORPORA, BUILT_IN_TOKENIZERS, Config, ModelC
 from gptnorm.errors import UserError, bad_value
 from gptnorm.model.presets import preset_sizes
 from gptnorm.strategies import find_strategy, make_strategy
+from gptnorm.tables import Tree, merge, nest
 from gptnorm.typed import read_table
-
-Tree = dict[str, Any]
-"""Nested tables of plain values, as TOML has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,33 +126,6 @@ def to_tree(config: Config) -> Tree:
 def read_config(path: Path) -> Config:
     """A resolved config, as `dump_toml` wrote it."""
     return read_table(Config, _read_toml(path))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys: `{"optim": {"lr": 1}}` → `{"optim.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def nest(key: str, value: Any) -> Tree:
-    """`("optim.lr", 1)` → `{"optim": {"lr": 1}}`."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def merge(into: Tree, other: Tree) -> None:
-    """Sets every leaf of `other` in `into`."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
 
 
 def recipe_root() -> Path:

@@ -50,6 +50,7 @@ class Shape:
 
     def out_features(self, role: Role) -> int:
         """Length of a projection's output: what its norm runs over."""
+        assert role != "router", "a dense model has no router"
         sizes = {"k": self.d_kv, "v": self.d_kv, "gate": self.d_ff, "up": self.d_ff, "head": self.vocab}
         return sizes.get(role, self.d)
 

@@ -2,12 +2,13 @@ r"""How weights are drawn: each backbone's published initialisation, and its twi
 
 | backbone | embedding | q, k, v, gate | up | o, down | head |
 |---|---|---|---|---|---|
-| Llama 2/3 (SimpleGPT's code) | 1 | s | s / √(2(l+1)) | s / √(2(l+1)) | d^(-1/2), cut at ±3 std |
+| Llama 2/3 (SimpleGPT's code) | 1 (tied: 0.02) | s | s / √(2(l+1)) | s / √(2(l+1)) | d^(-1/2), cut at ±3 std |
 | GPT-2 (nanoGPT) | 0.02, positions too | s | s | s / √(2L) | tied (else 0.02) |
 
 Standard deviations of a normal, with s = 0.02 and l the block, from 0. Llama's block matrices are
 cut at ±2 (an absolute bound, so hardly ever). 0.02 ≈ 1/√2048: at another width the faithful twin
-is s √(2048/d). The embedding and the head do not change with the width.
+is s √(2048/d). The embedding and the head do not change with the width. A tied Llama is our extrapolation: at
+std 1 its logits would start at the size of d, so it takes GPT-2's 0.02.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape,
             return Draw(std=PUBLISHED_STD)
         return Draw(std=std / (2 * shape.n_layers) ** 0.5 if role in ("o", "down") else std)
     if role == "embed":
-        return Draw(std=1.0)
+        return Draw(std=PUBLISHED_STD if shape.tied else 1.0)
     if role == "head":
         return Draw(std=shape.d**-0.5, cut=3 * shape.d**-0.5)
     return Draw(std=std / (2 * (layer + 1)) ** 0.5 if role in ("o", "down", "up") else std, cut=2.0)

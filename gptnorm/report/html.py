@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptnorm.errors import UserError
-from gptnorm.report.records import write_whole
+from gptnorm.files import write_atomic
 from gptnorm.report.results import load_study
 from gptnorm.report.run_page import run_page
 from gptnorm.report.study_page import REPORT, study_page
@@ -20,7 +20,8 @@ def write_study_report(folder: str | Path) -> Path:
     Raises UserError where the folder holds no readable `study.json`.
     """
     study = load_study(folder)
-    return write_whole(study.folder / REPORT, study_page(study))
+    write_atomic(study.folder / REPORT, study_page(study))
+    return study.folder / REPORT
 
 
 def write_run_report(folder: str | Path) -> Path:
@@ -31,4 +32,5 @@ def write_run_report(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: holds no metrics.jsonl, so it is no run to report")
-    return write_whole(folder / REPORT, run_page(folder))
+    write_atomic(folder / REPORT, run_page(folder))
+    return folder / REPORT

@@ -33,7 +33,7 @@ _STRIP = 0.1
 def loss_against_lr(study: Study) -> str:
     """SVG: mean validation loss against learning rate, a line per strategy, a small mark per seed.
 
-    The scale shows the region of the bests. Means above it stand as ▲, and learning rates with a
+    The scale shows the region of the bests. Means above it stand as ↑, and learning rates with a
     diverged seed as ×, in a strip at the top.
     """
     with style():
@@ -143,6 +143,11 @@ def all_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = Non
     return panels
 
 
+def has_strip(study: Study) -> bool:
+    """Whether `loss_against_lr` needs its strip for what diverged or lies above the scale."""
+    return _needs_strip(study, _loss_range(study)[1])
+
+
 def _loss_range(study: Study) -> tuple[float, float]:
     """Limits of the loss axis: the bests and their surroundings, not the far ends of the sweep."""
     means = sorted(entry.mean for row in study.rows for entry in row.entries if entry.mean is not None)
@@ -188,14 +193,14 @@ def _loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
 
 
 def _strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> None:
-    """× and ▲ in the strip; `shift` (points) keeps strategies at the same learning rate apart."""
+    """× and ↑ in the strip; `shift` (points) keeps strategies at the same learning rate apart."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     place = blended_transform_factory(axes.transData, axes.transAxes)
     place = place + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     for marker, lrs in (
         ("x", [entry.lr for entry in row.entries if entry.diverged]),
-        ("^", [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]),
+        ("$\\uparrow$", [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]),
     ):
         marks = axes.plot(
             lrs,

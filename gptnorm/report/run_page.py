@@ -9,9 +9,10 @@ from typing import Any
 from gptnorm.report import page
 from gptnorm.report.format import count_text, duration_text, loss_text, value_text
 from gptnorm.report.page import Markup, tag
-from gptnorm.report.records import finite, flatten, read_config, read_lines, read_object_if_there
+from gptnorm.report.records import finite, read_config, read_lines, read_object_if_there
 from gptnorm.report.run_plot import run_curves
 from gptnorm.report.shared import environment_pairs, setting_table
+from gptnorm.tables import flatten
 
 
 def run_page(folder: Path) -> str:
@@ -49,7 +50,7 @@ def _run_summary(
     steps = [step for row in metrics if (step := finite(row.get("step"))) is not None]
     last = finite(status.get("step"))
     seconds = [value for row in metrics if (value := finite(row.get("seconds"))) is not None]
-    strategy = config.get("strategy.name", config.get("strategy"))
+    strategy = config.get("model.strategy")
     rate = tokens_per_second(metrics)
     return [
         *([("Strategy", value_text(strategy))] if strategy is not None else []),

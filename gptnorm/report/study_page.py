@@ -9,7 +9,7 @@ from gptnorm.report.curves import study_curves
 from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, plural, spread_text, value_text
 from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
-from gptnorm.report.plots import all_curves, best_curves, loss_against_lr
+from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
 from gptnorm.report.records import finite
 from gptnorm.report.results import Study
 from gptnorm.report.shared import environment_pairs, setting_table
@@ -31,8 +31,13 @@ def study_page(study: Study) -> str:
                 page.figure(
                     loss_against_lr(study),
                     "Validation loss against peak learning rate, a line per strategy; numbers in the table above.",
-                    "Ringed: the best of each strategy. Dashes: single seeds. In the grey strip at the top, "
-                    "× marks learning rates where a seed diverged and ▲ means above the scale.",
+                    "Ringed: the best of each strategy. Dashes: single seeds."
+                    + (
+                        " In the grey strip at the top, × marks learning rates where a seed diverged and ↑ means "
+                        "above the scale."
+                        if has_strip(study)
+                        else ""
+                    ),
                 )
             ],
         )

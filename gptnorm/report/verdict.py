@@ -82,9 +82,11 @@ def _winner(study: Study) -> str:
         return (
             f"{first.strategy} reached its lowest validation loss, {loss} nats, at {lr_text(first.best.lr)} ({over})."
         )
+    gaps = paired_gaps(study)
+    unsure = ", but the lead may be chance" if gaps and gaps[0].may_be_chance else ""
     return (
         f"{first.strategy} reached the lowest validation loss, each strategy at its own best learning rate: "
-        f"{loss} nats at {lr_text(first.best.lr)} ({over})."
+        f"{loss} nats at {lr_text(first.best.lr)} ({over}){unsure}."
     )
 
 

@@ -16,7 +16,7 @@ import pydantic.dataclasses
 from torch import Tensor
 
 from gptnorm.config import STRICT, PositiveFloat, Scalar
-from gptnorm.norms import After, LearnedScale, Norm
+from gptnorm.norms import After, Axis, LearnedScale, Norm
 from gptnorm.shape import NormKind, Role, Shape
 
 State = tuple[Tensor, ...]
@@ -93,6 +93,14 @@ class Constraint:
     kind: Literal["unit", "bound"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Factors of the recipe's learning rate and weight decay for a parameter."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+
+
 class Strategy(ABC):
     """How a GPT is normalised. See `Normed` for the options that most strategies share."""
 
@@ -144,9 +152,9 @@ class Strategy(ABC):
         """What the weight is projected onto at initialisation and after every step."""
         return None
 
-    def lr_multiplier(self, role: Role, layer: int, shape: Shape) -> float:
-        """Factor of the learning rate for a weight."""
-        return 1.0
+    def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
+        """How a parameter is optimised; `role` is None for gains and learned scales."""
+        return Group()
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -160,20 +168,15 @@ class Normed(Strategy):
     qk_norm: Literal["none", "full", "head"] = "none"
     """Norm of queries and keys before the rotary positions: over all heads together, or per head."""
 
-    def make_norm(self, size: int, shape: Shape) -> Norm:
+    def make_norm(self, size: int, shape: Shape, axis: Axis = "width") -> Norm:
         """This strategy's norm over `size` features."""
-        return Norm(kind=shape.norm if self.norm == "backbone" else self.norm, size=size, eps=self.eps)
+        return Norm(kind=shape.norm if self.norm == "backbone" else self.norm, size=size, eps=self.eps, axis=axis)
 
     def attention(self, layer: int, shape: Shape) -> Attention:
         scale = shape.head_dim**-0.5
         if self.qk_norm == "none":
             return Attention(softmax_scale=scale)
-        kind = shape.norm if self.norm == "backbone" else self.norm
         if self.qk_norm == "head":
-            norm = Norm(kind=kind, size=shape.head_dim, eps=self.eps, axis="head")
+            norm = self.make_norm(shape.head_dim, shape, axis="head")
             return Attention(softmax_scale=scale, q=norm, k=norm)
-        return Attention(
-            softmax_scale=scale,
-            q=Norm(kind=kind, size=shape.d, eps=self.eps),
-            k=Norm(kind=kind, size=shape.d_kv, eps=self.eps),
-        )
+        return Attention(softmax_scale=scale, q=self.make_norm(shape.d, shape), k=self.make_norm(shape.d_kv, shape))

@@ -29,7 +29,7 @@ class PreNorm(Normed):
         equation="x ← x + Attn(N(x));  x ← x + FFN(N(x));  head reads N(x_L)",
         norms="two per block and one at the end, over the stream's d features, eps 1e-5",
         rope="no query/key norm unless qk_norm is set, then before RoPE",
-        folds="every gain into the matrices that read the normed stream",
+        folds="every gain into the matrices that read the normed stream; the final one only into an untied head",
         claims="trains without the long warm-up that PostNorm needs; 7B with rate 1e-3 fails in the "
         "SimpleGPT paper (training loss 4.115 at 20K steps), 3e-4 works",
         measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "

@@ -31,12 +31,12 @@ class PreNormQKNorm(PreNorm):
         equation="PreNorm, with q ← N(q) and k ← N(k) over the full width (or per head) before RoPE",
         norms="PreNorm's, and one each on q and k over all heads together (or per head), eps 1e-5",
         rope="query/key norm, then split into heads, then RoPE",
-        folds="the gains of the stream's norms; those of q and k only without RoPE",
+        folds="as PreNorm's; without RoPE the gains of q and k merge into one vector, never into W_q or W_k",
         claims="survives 7B at rate 1e-3 with visible loss spikes: 2.393 at 20K steps, 2.290 at 60K (training loss)",
         measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
         "validation loss 1.524 at 1e-2; 0.06 worse at ten times that, the least of six",
         ours="the form that the paper used with GPT-2 is unknown; full width is used there too",
     )
 
-    qk_norm: Literal["none", "full", "head"] = "full"
+    qk_norm: Literal["full", "head"] = "full"
     """full: over all heads together (the paper's baseline); head: per head."""

@@ -26,8 +26,9 @@ from gptnorm.data import Shards, prepare
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
-from gptnorm.recipe import Recipe, flatten, load_recipe, parse_overrides, to_tree
+from gptnorm.recipe import Recipe, load_recipe, parse_overrides, to_tree
 from gptnorm.study.pool import run_cells
+from gptnorm.tables import flatten
 from gptnorm.train.loop import check_vocab, open_batches, refuse_unknown_ids, resolve_device
 from gptnorm.typed import read_table
 

@@ -74,7 +74,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep`; call it after the new one is complete."""
+    """Removes all but the newest `keep`, and what a kill left half-written; call it after the new one is complete."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in sorted(_complete(folder), key=_step)[:-keep]:
         shutil.rmtree(path)
 

@@ -8,6 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from gptnorm.config import Config, ModelConfig, OptimConfig
+from gptnorm.recipe import dump_toml
+
 Outcome = float | str | None
 """A loss, "diverged", or None for a run that never took place."""
 
@@ -56,7 +59,7 @@ def make_run(
     (folder / "status.json").write_text(json.dumps(value))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (folder / "config.toml").write_text(
-        f'seed = {seed}\n\n[strategy]\nname = "alpha"\n\n[optim]\nlr = 0.001\nbetas = [0.9, 0.95]\n'
+        dump_toml(Config(model=ModelConfig(strategy="alpha"), optim=OptimConfig(lr=lr), seed=seed))
     )
     return folder
 

@@ -340,7 +340,8 @@ def test_no_strategy_name_outside_strategies() -> None:
 
 def test_shared_recipes_leave_a_strategys_own_settings_alone() -> None:
     """A shared base that set, say, the warm-up would overrule the strategies that want none."""
-    from gptnorm.recipe import flatten, load_recipe
+    from gptnorm.recipe import load_recipe
+    from gptnorm.tables import flatten
 
     own = {key for strategy in STRATEGIES.values() for key in strategy.recipe_defaults}
     for name in ("laptop/base", "quickstart"):
