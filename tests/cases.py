@@ -23,6 +23,8 @@ class Row(NamedTuple):
     strategy: str
     extra: Callable[[Shape], int]
     """Parameters beyond those of the bare matrices and tables."""
+    constrained: bool = False
+    """Whether it puts its weights back after every step."""
 
 
 def _norms(per_block: int, ends: int) -> Callable[[Shape], int]:
@@ -39,7 +41,7 @@ ROWS = (
     Row("postnorm", _norms(2, 0)),
     Row("simplenorm", _after_every_matrix),
     # alpha twice, s_qk, s_u and (gated) s_v per block; s_z
-    Row("ngpt", lambda s: s.n_layers * (2 * s.d + s.d_kv + (2 if s.gated else 1) * s.d_ff) + s.vocab),
+    Row("ngpt", lambda s: s.n_layers * (2 * s.d + s.d_kv + (2 if s.gated else 1) * s.d_ff) + s.vocab, constrained=True),
     Row("residual_dual", _norms(2, 1)),
 )
 assert [row.strategy for row in ROWS] == list(STRATEGIES), "every strategy has one row here"

@@ -44,7 +44,7 @@ class NGPT(Strategy):
         folds="s_u, s_v, s_z and √d into their matrices; the norms stay",
         claims="4-20 times fewer tokens to the same loss than GPT; independent runs found 1.5-4 times",
         measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.667 at 3e-2, the last of six: 400 steps are few for its logit scale",
+        "validation loss 1.667 at 3e-2, the last of six",
         ours="with grouped queries the heads of a group share s_qk; learned positions are unit rows that are "
         "added and normed once; an ungated feed-forward has √d and s_u before its activation",
     )

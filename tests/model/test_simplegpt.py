@@ -29,9 +29,9 @@ def test_output_norm_and_invariance(backbone: BackboneName) -> None:
     """2. ‖Ψ(x)‖ = √d, and Ψ does not change when W or x is scaled."""
     model = tiny_gpt("simplenorm", backbone)
     generator = torch.Generator().manual_seed(0)
-    for role in ("q", "k", "v", "o"):
-        psi = getattr(model.blocks[0].attn, role)
-        x = torch.randn(50, model.shape.d, generator=generator)
+    for role in model.shape.matrix_roles:
+        psi = getattr(model.blocks[0].attn if role in ("q", "k", "v", "o") else model.blocks[0].ffn, role)
+        x = 3 * torch.randn(50, model.shape.in_features(role), generator=generator)
         y = psi(x)
         assert torch.allclose(y.norm(dim=-1), torch.full((50,), y.shape[-1] ** 0.5), rtol=1e-3)
         for c in (0.5, 3.0, 100.0):
@@ -78,6 +78,17 @@ def test_initial_loss(backbone: BackboneName, strategy: str) -> None:
     assert loss == pytest.approx(math.log(VOCAB) + 0.5, abs=0.12)
 
 
+@pytest.mark.parametrize("d", [64, 256])
+@pytest.mark.parametrize("strategy", ["prenorm", "prenorm_qknorm", "simplenorm"])
+def test_initial_loss_with_a_tied_head(strategy: str, d: int) -> None:
+    """A tied embedding of std 1 would start at the size of d; it must not be drawn like an untied one."""
+    model = tiny_gpt(strategy, "llama2", d_model=d, n_heads=4, d_ff=2 * d, tied=True)
+    assert model.head.weight is model.embed.weight
+    with torch.no_grad():
+        loss = model.loss(tokens(batch=64)).item()
+    assert loss == pytest.approx(math.log(VOCAB), abs=0.2)
+
+
 def test_degree_zero_branches() -> None:
     """Section 1.1: Attn(c x) = Attn(x) and FFN(c x) = FFN(x), which is why no PreNorm is needed."""
     model = tiny_gpt("simplenorm", "llama2").double()
@@ -119,78 +130,129 @@ def test_schedule_of_the_reference_code() -> None:
 
 
 class TestClosedForms:
-    """5. Section 5.2: the Hessian of l(Ψ(x)) with respect to x and to vec(W), fp64, eps → 0."""
+    """5. Section 5.2 at a projection of a real model (`ffn.up` of a block), fp64.
 
-    d, m = 7, 5
+    z = W x, s = √(‖z‖²/d + eps), y = γ ⊙ z / s; with b = γ ⊙ ∂l/∂y:
+    J = (1/s) D (I − z zᵀ/(d s²)) W,  L = Jᵀ H_yy J,
+    C = −(1/(d s³)) Wᵀ [b zᵀ + z bᵀ + (b·z) I − 3 (b·z) z zᵀ/(d s²)] W,  H_xx = L + C.
+    """
+
+    @pytest.fixture(params=[1e-5, 0.3], ids=["eps 1e-5", "eps 0.3"])
+    def problem(self, request: pytest.FixtureRequest):
+        return self.build(request.param)
 
     @pytest.fixture
-    def problem(self):
+    def without_eps(self):
+        return self.build(1e-30)
+
+    def build(self, eps: float):
+        model = tiny_gpt("simplenorm", "llama2", options={"eps": eps}, d_model=8, n_heads=2, d_ff=6)
+        psi = model.blocks[1].ffn.up.double()
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        from gptnorm.norms import Norm
-
-        norm = Norm(kind="rmsnorm", size=self.d, eps=0.0).build().double()
-        a, c = randn(self.d, self.d), randn(self.d)
         with torch.no_grad():
-            assert norm.gain is not None
-            norm.gain.copy_(1 + 0.3 * randn(self.d))
+            psi.after[0].gain.copy_(1 + 0.3 * randn(6))
+        a, c = randn(6, 6), randn(6)
 
         def outer(y: torch.Tensor) -> torch.Tensor:
             return 0.5 * (a @ y).square().sum() + (c * y.tanh()).sum()
 
-        return randn(self.d, self.m), randn(self.m), norm, outer
+        return psi, randn(8), outer, eps
 
-    def split(self, W, x, norm, outer):
-        """L and C as the paper's notes write them: P = I - u uᵀ, D = Diag(γ), b = γ ⊙ g."""
+    def parts(self, psi, W, x, outer, eps):
+        """H_zz's two halves and the gradient with respect to z, from the formulas alone."""
+        gain, d = psi.after[0].gain.detach(), len(W)
         z = W @ x
-        r = z.norm()
-        u = z / r
-        D, P = torch.diag(norm.gain.detach()), torch.eye(self.d, dtype=torch.float64) - torch.outer(u, u)
-        y = (self.d**0.5 * D @ u).requires_grad_()
+        s = (z.square().sum() / d + eps).sqrt()
+        D, identity = torch.diag(gain), torch.eye(d, dtype=torch.float64)
+        y = (D @ z / s).requires_grad_()
         (g,) = torch.autograd.grad(outer(y), y)
-        H_yy = torch.autograd.functional.hessian(outer, y.detach())
-        b = D @ g
-        J = self.d**0.5 / r * D @ P @ W
-        M = torch.outer(P @ b, u) + torch.outer(u, P @ b) + (u @ b) * P
-        return J.T @ H_yy @ J, -(self.d**0.5) / r**2 * W.T @ M @ W, self.d**0.5 / r * W.T @ P @ b
+        b = gain * g
+        J_z = D @ (identity - torch.outer(z, z) / (d * s**2)) / s
+        L_zz = J_z.T @ torch.autograd.functional.hessian(outer, y.detach()) @ J_z
+        bracket = torch.outer(b, z) + torch.outer(z, b) + (b @ z) * identity
+        C_zz = -(bracket - 3 * (b @ z) * torch.outer(z, z) / (d * s**2)) / (d * s**3)
+        return L_zz, C_zz, J_z.T @ g
+
+    def measured(self, psi, W, x, outer):
+        def loss(x):
+            with_weight = torch.func.functional_call(psi, {"weight": W}, (x,))
+            return outer(with_weight)
+
+        return torch.autograd.functional.hessian(loss, x)
 
     def test_activation_hessian(self, problem) -> None:
-        W, x, norm, outer = problem
-        measured = torch.autograd.functional.hessian(lambda x: outer(norm(W @ x)), x)
-        L, C, grad = self.split(W, x, norm, outer)
-        assert (measured - (L + C)).abs().max() < 1e-10
+        psi, x, outer, eps = problem
+        W = psi.weight.detach()
+        L_zz, C_zz, _ = self.parts(psi, W, x, outer, eps)
+        L, C = W.T @ L_zz @ W, W.T @ C_zz @ W
+        assert (self.measured(psi, W, x, outer) - (L + C)).abs().max() < 1e-10
+
+    def test_euler_identities(self, without_eps) -> None:
+        """Of degree zero, that is without eps: L x = 0, C x = −∇, x·∇ = 0, so ‖C‖ ≥ ‖∇‖ / ‖x‖."""
+        psi, x, outer, eps = without_eps
+        W = psi.weight.detach()
+        L_zz, C_zz, grad_z = self.parts(psi, W, x, outer, eps)
+        L, C, grad = W.T @ L_zz @ W, W.T @ C_zz @ W, W.T @ grad_z
+        assert (self.measured(psi, W, x, outer) - (L + C)).abs().max() < 1e-10
         assert (L @ x).abs().max() < 1e-10
         assert (C @ x + grad).abs().max() < 1e-10
         assert abs(x @ grad) < 1e-10
         assert torch.linalg.matrix_norm(C, 2) >= grad.norm() / x.norm() - 1e-10
 
-    def test_activation_hessian_does_not_see_the_weights_scale(self, problem) -> None:
-        W, x, norm, outer = problem
-        one = torch.autograd.functional.hessian(lambda x: outer(norm(W @ x)), x)
+    def test_norm_of_the_bracket(self, without_eps) -> None:
+        """‖M‖ = (|u·b| + √((u·b)² + 4 ‖P b‖²)) / 2 for M = P b uᵀ + u (P b)ᵀ + (u·b) P."""
+        psi, x, outer, eps = without_eps
+        W = psi.weight.detach()
+        _, C_zz, _ = self.parts(psi, W, x, outer, eps)
+        z, d = W @ x, len(W)
+        u, gain = z / z.norm(), psi.after[0].gain.detach()
+        y = (d**0.5 * gain * u).requires_grad_()
+        (g,) = torch.autograd.grad(outer(y), y)
+        b = gain * g
+        ub, pb = u @ b, b - (u @ b) * u
+        expected = (ub.abs() + (ub**2 + 4 * pb @ pb).sqrt()) / 2
+        size = torch.linalg.matrix_norm(C_zz, 2) * z.norm() ** 2 / d**0.5
+        assert abs(size - expected) < 1e-10
+
+    def test_scale_of_the_weight(self, without_eps) -> None:
+        """W → cW leaves H, L and C alone each; a linear layer's Hessian would grow with c²."""
+        psi, x, outer, eps = without_eps
+        W = psi.weight.detach()
+        one = self.measured(psi, W, x, outer)
+        L_one, C_one, _ = (part for part in self.parts(psi, W, x, outer, eps))
         for c in (0.01, 3.0, 100.0):
-            scaled = torch.autograd.functional.hessian(lambda x, c=c: outer(norm(c * W @ x)), x)
-            assert (scaled - one).abs().max() < 1e-10
+            assert (self.measured(psi, c * W, x, outer) - one).abs().max() < 1e-10
+            L_c, C_c, _ = self.parts(psi, c * W, x, outer, eps)
+            for part_c, part in ((L_c, L_one), (C_c, C_one)):
+                assert (c**2 * part_c - part).abs().max() < 1e-10 * max(1.0, c**2 * part_c.abs().max().item())
 
-    def test_linear_layer_scales_with_the_square(self, problem) -> None:
-        W, x, _, _ = problem
+    def test_weight_hessian(self, problem) -> None:
+        """H with respect to vec(W) is (x xᵀ) ⊗ H_zz."""
+        psi, x, outer, eps = problem
+        W = psi.weight.detach()
 
-        def quadratic(x, c):
-            return 0.5 * (c * W @ x).square().sum()
+        def loss(w: torch.Tensor) -> torch.Tensor:
+            return outer(torch.func.functional_call(psi, {"weight": w.view_as(W)}, (x,)))
 
-        one = torch.autograd.functional.hessian(lambda x: quadratic(x, 1.0), x)
-        assert torch.allclose(torch.autograd.functional.hessian(lambda x: quadratic(x, 3.0), x), 9 * one, atol=1e-10)
-
-    def test_weight_hessian_scales_with_the_inverse_square(self, problem) -> None:
-        W, x, norm, outer = problem
-
-        def loss(w):
-            return outer(norm(w.view(self.d, self.m) @ x))
-
+        L_zz, C_zz, _ = self.parts(psi, W, x, outer, eps)
+        # vec by rows: index (i, j) of W, so the Kronecker factors stand the other way round.
+        expected = torch.kron(L_zz + C_zz, torch.outer(x, x))
         one = torch.autograd.functional.hessian(loss, W.flatten())
-        scaled = torch.autograd.functional.hessian(loss, 4 * W.flatten())
-        assert (16 * scaled - one).abs().max() < 1e-10
-        gradient = torch.autograd.functional.jacobian(loss, W.flatten())
-        assert abs(W.flatten() @ gradient) < 1e-10
+        assert (one - expected).abs().max() < 1e-10 * max(1.0, one.abs().max().item())
+
+    def test_weight_hessian_at_another_scale(self, without_eps) -> None:
+        """Of size 1/c² at cW, with a gradient orthogonal to W."""
+        psi, x, outer, eps = without_eps
+        W = psi.weight.detach()
+
+        def loss(w: torch.Tensor) -> torch.Tensor:
+            return outer(torch.func.functional_call(psi, {"weight": w.view_as(W)}, (x,)))
+
+        one, scaled = (torch.autograd.functional.hessian(loss, c * W.flatten()) for c in (1, 4))
+        assert (16 * scaled - one).abs().max() < 1e-10 * max(1.0, one.abs().max().item())
+        _, _, grad_z = self.parts(psi, W, x, outer, eps)
+        assert abs((W * torch.outer(grad_z, x)).sum()) < 1e-10
