@@ -120,8 +120,8 @@ def _want(error: ErrorDetails) -> str:
         "tuple_type": 'must be a list, such as [1, 2] or ["a", "b"]',
         "too_short": "must not be empty",
         "string_too_short": "must not be empty",
-        "too_long": "has too many entries",
-        "missing": "is missing entries",
+        "too_long": "has an entry too many",
+        "missing": "needs an entry more",
     }
     if error["type"] in simple:
         return simple[error["type"]]

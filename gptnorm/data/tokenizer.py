@@ -170,7 +170,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _read_inner(path: str) -> tokenizers.Tokenizer:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise bad_value("data.tokenizer", path, '"bytes", "bpe", or the path of a tokenizer.json')
+        raise bad_value("data.tokenizer", path, 'no such file; "bytes", "bpe", or the path of a tokenizer.json')
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
