@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -86,8 +88,17 @@ def _start_worker(queue: Any) -> None:
     _queue = queue
     # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The parent prints; a worker's warnings would tear the display.
+    # A parent that is killed cannot end its workers, and they would train on unseen.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The parent prints; what a worker's libraries print would tear the display.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run_cell(config: Config, shards: Path, folder: Path, name: str) -> Result:

@@ -1,0 +1,71 @@
+"""A study whose parent dies leaves nothing running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROC = Path("/proc")
+
+
+def children(pid: int) -> set[int]:
+    """Processes started by `pid` that are interpreters of the pool."""
+    found = set()
+    for stat in PROC.glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and "spawn_main" in command:
+            found.add(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not PROC.is_dir(), reason="looks processes up in /proc")
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> None:
+    arguments = ["quickstart", "train.steps=100000", "study.workers=2", "model.d_model=16", "model.n_layers=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptnorm", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        logs = "runs/quickstart/cells/*/*/metrics.jsonl"
+        assert wait_for(lambda: sum(p.stat().st_size > 0 for p in tmp_path.glob(logs)) == 2, 60), "no cell started"
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.send_signal(sign)
+        _, err = process.communicate(timeout=20)
+        assert wait_for(lambda: not any(map(alive, workers)), 10), "workers went on without their parent"
+    finally:
+        process.kill()
+    if sign == signal.SIGINT:
+        assert process.returncode == 130
+        assert err.strip() == "gptnorm: interrupted"
