@@ -24,7 +24,7 @@ def test_against_torch(eps: float) -> None:
         "np_layernorm": nn.LayerNorm(N, eps=eps, elementwise_affine=False),
     }
     for kind, layer in theirs.items():
-        ours = Norm(kind=kind, size=N, eps=eps).build().double()  # type: ignore[arg-type]
+        ours = Norm(kind=kind, size=N, eps=eps).build().double()
         layer.double()
         if ours.gain is not None:
             with torch.no_grad():
@@ -41,7 +41,7 @@ def test_l2_has_unit_length_and_no_gain() -> None:
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "np_layernorm", "l2"])
 def test_twice_differentiable(kind: str) -> None:
-    norm = Norm(kind=kind, size=N, eps=1e-5).build().double()  # type: ignore[arg-type]
+    norm = Norm(kind=kind, size=N, eps=1e-5).build().double()
     x = z()[0, :2].clone().requires_grad_()
     assert torch.autograd.gradcheck(norm, (x,))
     assert torch.autograd.gradgradcheck(norm, (x,))
@@ -49,7 +49,7 @@ def test_twice_differentiable(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "np_layernorm", "l2"])
 def test_zero_is_harmless(kind: str) -> None:
-    norm = Norm(kind=kind, size=N, eps=1e-5).build()  # type: ignore[arg-type]
+    norm = Norm(kind=kind, size=N, eps=1e-5).build()
     x = torch.zeros(2, N, requires_grad=True)
     y = norm(x)
     y.sum().backward()

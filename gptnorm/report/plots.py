@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.path import Path as MarkerPath
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from gptnorm.report.curves import Curve, smooth, study_curves, thin
@@ -26,6 +27,9 @@ from gptnorm.report.format import loss_text, lr_text
 from gptnorm.report.results import Row, Study, best_loss
 
 _WIDTH = 4.8
+_ARROW_UP = MarkerPath([(0, -1), (0, 1), (-0.6, 0.2), (0, 1), (0.6, 0.2)], [1, 2, 1, 2, 2])
+"""An arrow of two strokes, each begun with a move (1) and drawn with lines (2); no strategy's own marker."""
+
 _STRIP = 0.1
 """Share of the axis, at its top, that is kept for what has no place on the scale."""
 
@@ -200,7 +204,7 @@ def _strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> 
     place = place + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
     for marker, lrs in (
         ("x", [entry.lr for entry in row.entries if entry.diverged]),
-        ("$\\uparrow$", [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]),
+        (_ARROW_UP, [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]),
     ):
         marks = axes.plot(
             lrs,
@@ -208,7 +212,8 @@ def _strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> 
             linestyle="",
             marker=marker,
             color=how.colour,
-            markeredgewidth=2 if marker == "x" else 0,
+            markeredgewidth=2,
+            fillstyle="none",
             transform=place,
             zorder=5,
             clip_on=False,

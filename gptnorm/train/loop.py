@@ -87,7 +87,7 @@ class _Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Model, optimizer and step from a checkpoint."""
         state = load_checkpoint(checkpoint, self.model, self.optimizer)
-        if state["data"] != self.fingerprint:
+        if state.get("data") != self.fingerprint:
             raise bad_value("data.path", self.config.data.path, "the text is not what it was when this run began")
         self.step, self.seconds = state["step"], state["seconds"]
 

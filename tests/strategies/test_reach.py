@@ -165,7 +165,7 @@ def test_per_expert_weights_are_projected_one_by_one() -> None:
 def test_groups(decay_on: str) -> None:
     """One step of AdamW by hand: rate and decay carry the strategy's factors."""
     model = build("llama2")
-    config = OptimConfig(lr=1e-2, weight_decay=0.4, decay_on=decay_on)  # type: ignore[arg-type]
+    config = OptimConfig(lr=1e-2, weight_decay=0.4, decay_on=decay_on)
     optimizer = build_optimizer(model, config)
     set_lr(optimizer, 1e-2)
     model.loss(tokens()).backward()
