@@ -73,13 +73,77 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptionsConfig:
+    """What composes with a strategy; a pair that makes no sense is refused with the reason."""
+
+    qk_norm: Literal["none", "full", "head"] = "none"
+    """Norm of queries and keys before the rotary positions: over all heads together, or per head."""
+    v_norm: Literal["none", "full", "head"] = "none"
+    """Norm of values: over all heads together, or per head."""
+    attention_softcap: PositiveFloat | None = None
+    """c in c tanh(logit / c) of the attention logits. Left out: none. It keeps attention from being fused."""
+    logit_softcap: PositiveFloat | None = None
+    """c in c tanh(logit / c) of the head's logits. Left out: none."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared logsumexp of the head's logits in the training objective."""
+    qk_clip: PositiveFloat | None = None
+    """Largest attention logit: after a step, W_q and W_k of a head that went beyond it are shrunk. Left out: none."""
+    scale_mode: Literal["published", "none", "init", "forward", "both"] = "published"
+    """Where the depth factor stands (ScaleInit): in the initialisation as the backbone's authors have it, nowhere, in
+    the initialisation of the output projections, as a constant factor of the branches in the forward pass, or both."""
+    scale_target: Literal["both", "ffn", "attn"] = "both"
+    """Which branches have the depth factor."""
+    scale_count: Literal["2L", "L"] = "2L"
+    """What the depth factor counts: sub-layers or blocks."""
+    scale_power: PositiveFloat = 0.5
+    """p in the depth factor (2L)^-p or L^-p."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MoEConfig:
+    """The mixture of experts in place of a dense feed-forward; only on the Llama backbones."""
+
+    experts: Count = 0
+    """Routed experts, each model.d_ff wide; 0: the feed-forward is dense."""
+    top_k: Positive = 2
+    """Routed experts of each token."""
+    shared: Count = 0
+    """Experts that every token passes through, each model.d_ff wide."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become weights, in fp32."""
+    renormalize: bool = True
+    """Whether the weights of the chosen experts are divided by their sum."""
+    router_norm: bool = False
+    """Whether the router's logits are normed, with the strategy's own norm."""
+    branch_gain: Literal["none", "sqrt_k", "auto"] | PositiveFloat = "none"
+    """Factor gamma of the routed sum that keeps a branch's variance that of a dense one: none, sqrt(k), 1 / sqrt(E sum
+    g^2) at initialisation by quadrature ("auto"), or a number. With shared experts the whole sum is divided by
+    sqrt(1 + shared) unless it is "none"."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """How experts are kept equally busy: an auxiliary loss (Switch), or a bias on the choice alone, moved after each
+    step against the load (DeepSeek-V3)."""
+    balance_weight: NonNegativeFloat = 0.01
+    """Weight of the balancing loss."""
+    bias_rate: PositiveFloat = 1e-3
+    """How far the bias moves in a step."""
+    z_loss: NonNegativeFloat = 1e-3
+    """Weight of the mean squared logsumexp of the router's logits."""
+
+    def __post_init__(self) -> None:
+        if self.experts and self.top_k > self.experts:
+            raise bad_value("moe.top_k", self.top_k, f"at most moe.experts = {self.experts}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class InitConfig:
     """How weights are drawn before the first step."""
 
-    std: PositiveFloat | Literal["published", "twin"] = "twin"
+    std: PositiveFloat | Literal["published", "twin", "unit"] = "twin"
     """Standard deviation of the blocks' matrices: "published" (the backbone's own), "twin"
-    (published x sqrt(2048 / d_model), its faithful copy at another width), or a number that
-    stands in for the published one. Depth factors are kept in every case."""
+    (published x sqrt(2048 / d_model), its faithful copy at another width), a number that stands in
+    for the published one, or "unit" (every map keeps the variance of random vectors: 1/sqrt(fan in),
+    the feed-forward's activation made up for in W_down). Published depth factors are kept
+    (options.scale_mode) in all but the last, which has none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -189,6 +253,8 @@ class Config:
     model: ModelConfig = ModelConfig()
     strategy: dict[str, Scalar] = Field(default_factory=dict)
     """Options of the chosen strategy; `gptnorm strategies NAME` lists them."""
+    options: OptionsConfig = OptionsConfig()
+    moe: MoEConfig = MoEConfig()
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -199,5 +265,7 @@ class Config:
     """Draws the weights and the order of the data."""
 
     def __post_init__(self) -> None:
+        if self.moe.experts and self.model.backbone == "gpt2":
+            raise bad_value("moe.experts", self.moe.experts, "must be 0 on gpt2; llama2 and llama3 take experts")
         if self.optim.warmup >= 1 and self.optim.warmup > self.train.steps:
             raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")

@@ -1,8 +1,10 @@
 """What may follow a linear map or stand in the wiring: norms and scales, first as data, then as modules.
 
-A strategy hands out the frozen descriptions (`Norm`, `Constant`, `LearnedScale`); a backbone calls
-`build()` on them and owns what comes out. Everything here is differentiable twice, and `eps` is
-always explicit (its default depends on the dtype in torch, and is wrong for bf16).
+A strategy hands out the frozen descriptions (`Norm`, `DynamicTanh`, `Constant`, `LearnedScale`); a
+backbone calls `build()` on them and owns what comes out. A description says nothing of experts: the
+backbone builds it for so many, and each then has gains of its own. Everything here is
+differentiable twice, and `eps` is always explicit (its default depends on the dtype in torch, and is
+wrong for bf16).
 """
 
 from __future__ import annotations
@@ -35,8 +37,23 @@ class Norm:
     eps: float
     axis: Axis = "width"
 
-    def build(self) -> NormModule:
-        return NormModule(self)
+    def build(self, experts: int | None = None) -> NormModule:
+        return NormModule(self, experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTanh:
+    r"""$\gamma \odot \tanh(\alpha z)$ with one learned $\alpha$: DyT, which stands where a norm would.
+
+    Zhu et al. 2025 (arXiv 2503.10622), in the form without bias that its Llama code uses.
+    """
+
+    size: int
+    alpha: float
+    """Initial slope."""
+
+    def build(self, experts: int | None = None) -> DynamicTanhModule:
+        return DynamicTanhModule(self, experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Constant:
 
     value: float
 
-    def build(self) -> ConstantModule:
+    def build(self, experts: int | None = None) -> ConstantModule:
         return ConstantModule(self)
 
 
@@ -62,22 +79,44 @@ class LearnedScale:
     scale: float
     absolute: bool = False
 
-    def build(self) -> LearnedScaleModule:
-        return LearnedScaleModule(self)
+    def build(self, experts: int | None = None) -> LearnedScaleModule:
+        return LearnedScaleModule(self, experts)
 
 
-After = Norm | Constant | LearnedScale
+After = Norm | DynamicTanh | Constant | LearnedScale
 """One step that follows a linear map's raw output."""
 
 
-class NormModule(nn.Module):
+class AfterModule(nn.Module):
+    """An `After`, built: z (…, size) to the same.
+
+    Built for several experts, its parameters have a leading axis of them, and `forward` is told the
+    expert of each vector: an index whose shape broadcasts against that of z without the last axis.
+    """
+
+    def reset(self) -> None:
+        """Back to the values at initialisation."""
+
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+def _per_expert(parameter: Tensor, expert: Tensor | None) -> Tensor:
+    return parameter if expert is None else parameter[expert]
+
+
+def _sizes(size: int, experts: int | None) -> tuple[int, ...]:
+    return (size,) if experts is None else (experts, size)
+
+
+class NormModule(AfterModule):
     """`Norm`, built. Statistics and gain are in fp32 or better; the output has the input's dtype."""
 
-    def __init__(self, spec: Norm) -> None:
+    def __init__(self, spec: Norm, experts: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         has_gain = spec.kind in ("rmsnorm", "layernorm")
-        self.gain = nn.Parameter(torch.empty(spec.size)) if has_gain else None
+        self.gain = nn.Parameter(torch.empty(_sizes(spec.size, experts))) if has_gain else None
         self.reset()
 
     @torch.no_grad()
@@ -85,39 +124,68 @@ class NormModule(nn.Module):
         if self.gain is not None:
             self.gain.fill_(1.0)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
         spec, z_exact = self.spec, z.to(torch.promote_types(z.dtype, torch.float32))
+        gain, gain_apart = (self.gain, None) if expert is None else (None, self.gain)
         if spec.kind in ("layernorm", "np_layernorm"):
-            return F.layer_norm(z_exact, (spec.size,), self.gain, None, spec.eps).to(z.dtype)
-        if spec.kind == "rmsnorm":
-            return F.rms_norm(z_exact, (spec.size,), self.gain, spec.eps).to(z.dtype)
-        return (z_exact * torch.rsqrt(z_exact.square().sum(-1, keepdim=True) + spec.eps)).to(z.dtype)
+            y = F.layer_norm(z_exact, (spec.size,), gain, None, spec.eps)
+        elif spec.kind == "rmsnorm":
+            y = F.rms_norm(z_exact, (spec.size,), gain, spec.eps)
+        else:
+            y = z_exact * torch.rsqrt(z_exact.square().sum(-1, keepdim=True) + spec.eps)
+        if gain_apart is not None:
+            y = y * _per_expert(gain_apart, expert)
+        return y.to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.spec.kind}, size={self.spec.size}, eps={self.spec.eps}, axis={self.spec.axis}"
 
 
-class ConstantModule(nn.Module):
-    """`Constant`, built."""
+class DynamicTanhModule(AfterModule):
+    """`DynamicTanh`, built."""
+
+    def __init__(self, spec: DynamicTanh, experts: int | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.alpha = nn.Parameter(torch.empty(_sizes(1, experts)))
+        self.gain = nn.Parameter(torch.empty(_sizes(spec.size, experts)))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.alpha.fill_(self.spec.alpha)
+        self.gain.fill_(1.0)
+
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
+        z_exact = z.to(torch.promote_types(z.dtype, torch.float32))
+        y = _per_expert(self.gain, expert) * torch.tanh(_per_expert(self.alpha, expert) * z_exact)
+        return y.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={self.spec.size}, alpha={self.spec.alpha}"
+
+
+class ConstantModule(AfterModule):
+    """`Constant`, built; the same for every expert."""
 
     def __init__(self, spec: Constant) -> None:
         super().__init__()
         self.spec = spec
 
-    def reset(self) -> None:
-        """A constant has no state."""
-
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
         return z * self.spec.value
 
+    def extra_repr(self) -> str:
+        return f"{self.spec.value:.6g}"
 
-class LearnedScaleModule(nn.Module):
+
+class LearnedScaleModule(AfterModule):
     """`LearnedScale`, built."""
 
-    def __init__(self, spec: LearnedScale) -> None:
+    def __init__(self, spec: LearnedScale, experts: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.stored = nn.Parameter(torch.empty(spec.size))
+        self.stored = nn.Parameter(torch.empty(_sizes(spec.size, experts)))
         self.reset()
 
     @torch.no_grad()
@@ -125,14 +193,17 @@ class LearnedScaleModule(nn.Module):
         self.stored.fill_(self.spec.scale)
 
     def value(self) -> Tensor:
-        """The scale itself, shape (size,)."""
+        """The scale itself, shape (size,) or (experts, size)."""
         s = self.stored * (self.spec.init / self.spec.scale)
         return s.abs() if self.spec.absolute else s
 
-    def forward(self, z: Tensor) -> Tensor:
-        return z * self.value().to(z.dtype)
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
+        return z * _per_expert(self.value(), expert).to(z.dtype)
+
+    def extra_repr(self) -> str:
+        return f"size={self.spec.size}, init={self.spec.init:.6g}, scale={self.spec.scale:.6g}"
 
 
-def build_all(steps: tuple[After, ...]) -> nn.ModuleList:
+def build_all(steps: tuple[After, ...], experts: int | None = None) -> nn.ModuleList:
     """The modules of an `after`, in order."""
-    return nn.ModuleList(step.build() for step in steps)
+    return nn.ModuleList(step.build(experts) for step in steps)

@@ -77,7 +77,7 @@ class Recipe:
         if isinstance(tree.setdefault("model", {}), dict):
             tree["model"]["strategy"] = strategy
         config = read_table(Config, tree)
-        make_strategy(strategy, config.strategy)
+        make_strategy(strategy, config.strategy, config.options)
         return _with_absolute_paths(config)
 
 

@@ -12,6 +12,18 @@ NormKind = Literal["rmsnorm", "layernorm", "np_layernorm"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Sizes of a mixture-of-experts feed-forward; every expert is `Shape.d_ff` wide."""
+
+    routed: int
+    """Experts that the router chooses from, E."""
+    top_k: int
+    """Routed experts of each token, k."""
+    shared: int = 0
+    """Experts that every token passes through."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """A model's sizes, in the papers' symbols where they have one."""
 
@@ -24,7 +36,7 @@ class Shape:
     n_kv_heads: int
     """Key and value heads; fewer than n_heads with grouped queries."""
     d_ff: int
-    """Width of the feed-forward."""
+    """Width of the feed-forward, or of one expert."""
     vocab: int
     """Rows of the embedding, V."""
     context: int
@@ -38,6 +50,8 @@ class Shape:
     """Whether the head is the embedding's weight."""
     norm: NormKind
     """The norm that the backbone was published with."""
+    experts: Experts | None = None
+    """The feed-forward's experts; None: it is dense."""
 
     @property
     def head_dim(self) -> int:
@@ -50,7 +64,9 @@ class Shape:
 
     def out_features(self, role: Role) -> int:
         """Length of a projection's output: what its norm runs over."""
-        assert role != "router", "a dense model has no router"
+        if role == "router":
+            assert self.experts is not None, "a dense model has no router"
+            return self.experts.routed
         sizes = {"k": self.d_kv, "v": self.d_kv, "gate": self.d_ff, "up": self.d_ff, "head": self.vocab}
         return sizes.get(role, self.d)
 
@@ -60,5 +76,5 @@ class Shape:
 
     @property
     def matrix_roles(self) -> tuple[Role, ...]:
-        """The linear maps of one block, in the order in which a token meets them."""
+        """The linear maps of one block, in the order in which a token meets them; a router is none of them."""
         return ("q", "k", "v", "o", *(("gate",) if self.gated else ()), "up", "down")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -11,7 +12,8 @@ from gptnorm.config import BackboneName, InitConfig, ModelConfig
 from gptnorm.model import GPT
 from gptnorm.model.backbones import make_shape
 from gptnorm.shape import Shape
-from gptnorm.strategies import STRATEGIES, make_strategy
+from gptnorm.strategies import STRATEGIES, find_strategy, make_strategy
+from gptnorm.strategies.registry import preset_options
 
 BACKBONES: tuple[BackboneName, ...] = get_args(BackboneName)
 VOCAB, CONTEXT = 61, 16
@@ -58,12 +60,24 @@ def tiny_shape(backbone: BackboneName, **changes: Any) -> Shape:
 
 
 def tiny_gpt(
-    strategy: str, backbone: BackboneName, *, seed: int = 0, options: dict[str, Any] | None = None, **changes: Any
+    strategy: str,
+    backbone: BackboneName,
+    *,
+    seed: int = 0,
+    own: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> GPT:
-    """A model of `tiny_shape`, on whatever device is current."""
+    """A model of `tiny_shape`, on whatever device is current.
+
+    Args:
+        own: the strategy's own options (the `[strategy]` table).
+        options: those that compose with any (the `[options]` table), over the strategy's presets.
+    """
+    presets = preset_options(find_strategy(strategy)())
     return GPT(
         tiny_shape(backbone, **changes),
-        make_strategy(strategy, options or {}),
+        make_strategy(strategy, own or {}, replace(presets, **(options or {}))),
         backbone=backbone,
         init=InitConfig(std="twin"),
         seed=seed,

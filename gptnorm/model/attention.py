@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,16 @@ class CausalAttention(nn.Module):
         self.qk_scale = spec.qk_scale.build() if spec.qk_scale else None
         self.rope_first = spec.rope_first
         self.softmax_scale = spec.softmax_scale
+        self.softcap = spec.softcap
+        self.clip = spec.clip
+        if self.clip is not None:
+            self.register_buffer("largest_logit", torch.empty(shape.n_heads))
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        if self.clip is not None:
+            self.get_buffer("largest_logit").zero_()
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         head_dim = self.shape.head_dim
@@ -54,15 +65,58 @@ class CausalAttention(nn.Module):
         if rotation and not self.rope_first:
             q_BTHE, k_BTGE = rotate(q_BTHE, rotation), rotate(k_BTGE, rotation)
 
-        o_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTGE.transpose(1, 2),
-            v_BTGE.transpose(1, 2),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=self.shape.n_kv_heads != self.shape.n_heads,
-        )
+        q_BHTE, k_BGTE, v_BGTE = (z.transpose(1, 2) for z in (q_BTHE, k_BTGE, v_BTGE))
+        if self.clip is not None and self.training:
+            self._watch_logits(q_BHTE, k_BGTE)
+        o_BHTE = self._attend(q_BHTE, k_BGTE, v_BGTE)
         return self.o(o_BHTE.transpose(1, 2).flatten(-2))
+
+    def _attend(self, q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(
+                q_BHTE,
+                k_BGTE,
+                v_BGTE,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=self.shape.n_kv_heads != self.shape.n_heads,
+            )
+        share = self.shape.n_heads // self.shape.n_kv_heads
+        logits_BHTT = self.softcap * torch.tanh(self._logits(q_BHTE, k_BGTE) / self.softcap)
+        weights_BHTT = _causal(logits_BHTT).softmax(-1)
+        return weights_BHTT.to(v_BGTE.dtype) @ v_BGTE.repeat_interleave(share, dim=1)
+
+    def _logits(self, q_BHTE: Tensor, k_BGTE: Tensor) -> Tensor:
+        """Attention logits before any mask, in fp32 or better."""
+        share = self.shape.n_heads // self.shape.n_kv_heads
+        scores_BHTT = q_BHTE @ k_BGTE.repeat_interleave(share, dim=1).mT
+        return scores_BHTT.to(torch.promote_types(scores_BHTT.dtype, torch.float32)) * self.softmax_scale
+
+    @torch.no_grad()
+    def _watch_logits(self, q_BHTE: Tensor, k_BGTE: Tensor) -> None:
+        """Keeps each head's largest logit since the last step; fused attention does not tell it."""
+        largest = self.get_buffer("largest_logit")
+        largest.copy_(torch.maximum(largest, _causal(self._logits(q_BHTE, k_BGTE)).amax((0, 2, 3))))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        r"""QK-clip: $W_q, W_k \leftarrow \sqrt{\gamma}\,W_q, \sqrt{\gamma}\,W_k$ with
+        $\gamma = \min(1, \tau / S_\max)$ per head, the least of a group's with grouped queries.
+        """
+        if self.clip is None:
+            return
+        largest_H = self.get_buffer("largest_logit")
+        gamma_G = (self.clip / largest_H).clamp_max(1.0).unflatten(0, (self.shape.n_kv_heads, -1)).amin(1)
+        share, head_dim = self.shape.n_heads // self.shape.n_kv_heads, self.shape.head_dim
+        self.q.weight.mul_(gamma_G.sqrt().repeat_interleave(share * head_dim)[:, None])
+        self.k.weight.mul_(gamma_G.sqrt().repeat_interleave(head_dim)[:, None])
+        largest_H.zero_()
+
+
+def _causal(logits_BHTT: Tensor) -> Tensor:
+    length = logits_BHTT.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=logits_BHTT.device).triu(1)
+    return logits_BHTT.masked_fill(future, float("-inf"))
 
 
 class _HeadNorm(nn.Module):

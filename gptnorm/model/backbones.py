@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gptnorm.config import BackboneName, ModelConfig
-from gptnorm.shape import NormKind, Shape
+from gptnorm.config import BackboneName, ModelConfig, MoEConfig
+from gptnorm.shape import Experts, NormKind, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ BACKBONES: dict[BackboneName, Backbone] = {
 }
 
 
-def make_shape(config: ModelConfig, *, vocab: int, context: int) -> Shape:
+def make_shape(config: ModelConfig, moe: MoEConfig | None = None, *, vocab: int, context: int) -> Shape:
     """The sizes of a model: the config's, and the backbone's own where the config is silent.
 
     Args:
@@ -81,6 +81,7 @@ def make_shape(config: ModelConfig, *, vocab: int, context: int) -> Shape:
         rope_theta=backbone.rope_theta,
         tied=backbone.tied if config.tied is None else config.tied,
         norm=backbone.norm,
+        experts=Experts(routed=moe.experts, top_k=moe.top_k, shared=moe.shared) if moe and moe.experts else None,
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptnorm.activations import ACTIVATIONS
 from gptnorm.model.projection import Projection
 from gptnorm.shape import Shape
 from gptnorm.strategies import Strategy
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
 
 class FeedForwardBranch(nn.Module):

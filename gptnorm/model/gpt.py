@@ -3,55 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptnorm.config import BackboneName, Config, InitConfig
+from gptnorm.config import BackboneName, Config, InitConfig, MoEConfig
 from gptnorm.model.attention import CausalAttention
 from gptnorm.model.backbones import make_shape
 from gptnorm.model.feedforward import FeedForwardBranch
-from gptnorm.model.init import block_std, draw_, normalize_, published_draw
-from gptnorm.model.projection import Projection, Table
+from gptnorm.model.init import draw_, normalize_, published_draw
+from gptnorm.model.moe import MixtureOfExperts, Routing
+from gptnorm.model.parts import Parts
+from gptnorm.model.projection import Projection, Table, WeightOwner
 from gptnorm.model.rope import rotations
-from gptnorm.norms import After
 from gptnorm.shape import Shape
 from gptnorm.strategies import Strategy, make_strategy
 from gptnorm.strategies.base import State
 
 
-class Parts(nn.Module):
-    """What a strategy's wiring owns, by the names it gave."""
-
-    def __init__(self, specs: dict[str, After]) -> None:
-        super().__init__()
-        for name, spec in specs.items():
-            self.add_module(name, spec.build())
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
 class Block(nn.Module):
     """One block: two branches, wired by the strategy."""
 
-    def __init__(self, layer: int, shape: Shape, strategy: Strategy) -> None:
+    def __init__(self, layer: int, shape: Shape, strategy: Strategy, moe: MoEConfig) -> None:
         super().__init__()
         self.layer = layer
         self.n_layers = shape.n_layers
         self.strategy = strategy
         self.attn = CausalAttention(layer, shape, strategy)
-        self.ffn = FeedForwardBranch(layer, shape, strategy)
+        self.ffn = (
+            MixtureOfExperts(layer, shape, strategy, moe)
+            if shape.experts
+            else FeedForwardBranch(layer, shape, strategy)
+        )
+        self.scale = strategy.branch_scale(layer, shape)
         self.own = Parts(strategy.block_parts(layer, shape))
 
-    def forward(self, state: State, rotation: tuple[Tensor, Tensor] | None) -> State:
-        def attn(x_BTD: Tensor) -> Tensor:
-            return self.attn(x_BTD, rotation)
+    def forward(self, state: State, rotation: tuple[Tensor, Tensor] | None) -> tuple[State, Routing | None]:
+        routing: Routing | None = None
 
-        return self.strategy.block(state, attn, self.ffn, self.own, self.layer, self.n_layers)
+        def attn(x_BTD: Tensor) -> Tensor:
+            return _times(self.scale.attn, self.attn(x_BTD, rotation))
+
+        def ffn(x_BTD: Tensor) -> Tensor:
+            nonlocal routing
+            if isinstance(self.ffn, MixtureOfExperts):
+                y_BTD, routing = self.ffn(x_BTD)
+            else:
+                y_BTD = self.ffn(x_BTD)
+            return _times(self.scale.ffn, y_BTD)
+
+        state = self.strategy.block(state, attn, ffn, self.own, self.layer, self.n_layers)
+        return state, routing
+
+
+def _times(factor: float, y: Tensor) -> Tensor:
+    return y if factor == 1.0 else y * factor
+
+
+class Objective(NamedTuple):
+    """What training minimises, and what of it is reported."""
+
+    total: Tensor
+    """The cross-entropy and every auxiliary loss, in nats per token; what is differentiated."""
+    loss: Tensor
+    """The cross-entropy alone."""
+    routing: Routing | None
+    """Router statistics, each with a leading axis of blocks; None without experts."""
 
 
 class GPT(nn.Module):
@@ -62,16 +81,25 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, shape: Shape, strategy: Strategy, *, backbone: BackboneName, init: InitConfig, seed: int = 0
+        self,
+        shape: Shape,
+        strategy: Strategy,
+        *,
+        backbone: BackboneName,
+        init: InitConfig,
+        moe: MoEConfig | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.strategy = strategy
         self.backbone: BackboneName = backbone
         self.init = init
+        self.moe = moe or MoEConfig()
+        self.logits = strategy.logits(shape)
         self.embed = Table("embed", shape.vocab, shape, strategy)
         self.position = Table("position", shape.context, shape, strategy) if shape.rope_theta is None else None
-        self.blocks = nn.ModuleList(Block(layer, shape, strategy) for layer in range(shape.n_layers))
+        self.blocks = nn.ModuleList(Block(layer, shape, strategy, self.moe) for layer in range(shape.n_layers))
         self.own = Parts(strategy.end_parts(shape))
         self.head = Projection("head", 0, shape, strategy)
         self._tie()
@@ -79,10 +107,34 @@ class GPT(nn.Module):
             self.init_weights(seed)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.head(self.features(tokens_BT))
+        return self._head(self.features(tokens_BT))
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """What the head reads, (B, T, d)."""
+        h_BTD, _ = self._run(tokens_BT)
+        return h_BTD
+
+    def loss(self, tokens_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of predicting tokens 1 … T-1 from those before them."""
+        return _cross_entropy(self(tokens_BT[:, :-1]), tokens_BT[:, 1:])
+
+    def objective(self, tokens_BT: Tensor) -> Objective:
+        """The loss with the auxiliary losses of strategy and experts."""
+        h_BTD, routings = self._run(tokens_BT[:, :-1])
+        logits_BTV = self._head(h_BTD)
+        loss = total = _cross_entropy(logits_BTV, tokens_BT[:, 1:])
+        if self.logits.z_loss:
+            exact = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+            total = total + self.logits.z_loss * exact.logsumexp(-1).square().mean()
+        if not routings:
+            return Objective(total=total, loss=loss, routing=None)
+        routing = Routing(*(torch.stack(values) for values in zip(*routings, strict=True)))
+        if self.moe.balance == "loss":
+            total = total + self.moe.balance_weight * routing.balance.mean()
+        total = total + self.moe.z_loss * routing.z.mean()
+        return Objective(total=total, loss=loss, routing=routing)
+
+    def _run(self, tokens_BT: Tensor) -> tuple[Tensor, list[Routing]]:
         h_BTD = self.embed(tokens_BT)
         rotation = None
         length = tokens_BT.shape[1]
@@ -91,33 +143,33 @@ class GPT(nn.Module):
         elif self.position is not None:
             h_BTD = h_BTD + self.position(torch.arange(length, device=tokens_BT.device))
         state = self.strategy.open(h_BTD, self.own)
+        routings = []
         for block in self.blocks:
-            state = block(state, rotation)
-        return self.strategy.close(state, self.own)
+            state, routing = block(state, rotation)
+            if routing is not None:
+                routings.append(routing)
+        return self.strategy.close(state, self.own), routings
 
-    def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of predicting tokens 1 … T-1 from those before them."""
-        logits = self(tokens_BT[:, :-1]).flatten(0, 1)
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(exact, tokens_BT[:, 1:].flatten())
+    def _head(self, h_BTD: Tensor) -> Tensor:
+        logits_BTV = self.head(h_BTD)
+        cap = self.logits.softcap
+        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
-    def weights(self) -> Iterator[tuple[str, Projection | Table]]:
+    def weights(self) -> Iterator[tuple[str, WeightOwner]]:
         """Every owner of a weight with its name; a tied head is its embedding and comes once."""
         for name, module in self.named_modules():
-            if isinstance(module, Projection | Table) and not (module is self.head and self.shape.tied):
+            if isinstance(module, WeightOwner) and not (module is self.head and self.shape.tied):
                 yield name, module
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draws every weight and resets every gain and scale, from the seed alone."""
         self._tie()
-        std = block_std(self.init, self.shape.d)
         for name, owner in self.weights():
-            published = published_draw(self.backbone, owner.role, owner.layer, self.shape, std)
+            published = published_draw(self.backbone, owner.role, owner.layer, self.shape, self.init)
             draw_(owner.weight, self.strategy.init(owner.role, owner.layer, self.shape, published), seed, name)
-            constraint = self.strategy.constraint(owner.role, owner.layer, self.shape)
-            if constraint:
-                normalize_(owner.weight, constraint.axis)
+            if owner.constraint:
+                normalize_(owner.weight, owner.constraint.axis)
         for module in self.modules():
             reset = getattr(module, "reset", None)
             if callable(reset):
@@ -130,11 +182,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Puts back the weights that the strategy constrains; call it after every optimizer step."""
-        for _, owner in self.weights():
-            constraint = self.strategy.constraint(owner.role, owner.layer, self.shape)
-            if constraint:
-                normalize_(owner.weight, constraint.axis, only_longer=constraint.kind == "bound")
+        """What has to happen to the weights after every optimizer step: constraints, clips, balancing."""
+        for module in self.modules():
+            hook = getattr(module, "after_step", None)
+            if callable(hook) and module is not self and not (module is self.head and self.shape.tied):
+                hook()
+
+
+def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    logits = logits_BTV.flatten(0, 1)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, targets_BT.flatten())
 
 
 def build_gpt(config: Config, *, vocab: int, device: torch.device | str = "cpu") -> GPT:
@@ -143,7 +201,7 @@ def build_gpt(config: Config, *, vocab: int, device: torch.device | str = "cpu")
     Args:
         vocab: rows of the embedding where the config does not set them.
     """
-    shape = make_shape(config.model, vocab=vocab, context=config.train.seq_len)
-    strategy = make_strategy(config.model.strategy, config.strategy)
+    shape = make_shape(config.model, config.moe, vocab=vocab, context=config.train.seq_len)
+    strategy = make_strategy(config.model.strategy, config.strategy, config.options)
     with torch.device(device):
-        return GPT(shape, strategy, backbone=config.model.backbone, init=config.init, seed=config.seed)
+        return GPT(shape, strategy, backbone=config.model.backbone, init=config.init, moe=config.moe, seed=config.seed)

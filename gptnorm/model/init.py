@@ -8,7 +8,8 @@ r"""How weights are drawn: each backbone's published initialisation, and its twi
 Standard deviations of a normal, with s = 0.02 and l the block, from 0. Llama's block matrices are
 cut at ±2 (an absolute bound, so hardly ever). 0.02 ≈ 1/√2048: at another width the faithful twin
 is s √(2048/d). The embedding and the head do not change with the width. A tied Llama is our extrapolation: at
-std 1 its logits would start at the size of d, so it takes GPT-2's 0.02.
+std 1 its logits would start at the size of d, so it takes GPT-2's 0.02. The factors with l or L are
+the depth factors that a strategy or `options.scale_mode` may replace.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from gptnorm.activations import second_moment
 from gptnorm.config import BackboneName, InitConfig
 from gptnorm.model.backbones import BACKBONES
 from gptnorm.shape import Role, Shape
@@ -27,26 +29,34 @@ PUBLISHED_STD = 0.02
 TWIN_WIDTH = 2048
 
 
-def block_std(config: InitConfig, d: int) -> float:
-    """s of the table above at width d."""
+def block_std(config: InitConfig, role: Role, shape: Shape) -> float:
+    """s of the table above."""
     if config.std == "published":
         return PUBLISHED_STD
     if config.std == "twin":
-        return PUBLISHED_STD * (TWIN_WIDTH / d) ** 0.5
+        return PUBLISHED_STD * (TWIN_WIDTH / shape.d) ** 0.5
+    if config.std == "unit":
+        fan_in = shape.in_features(role)
+        # Random vectors of variance 1 leave act(z), or act(z) * u, with the activation's second moment.
+        return (fan_in * second_moment(shape.activation, 1.0) if role == "down" else fan_in) ** -0.5
     return config.std
 
 
-def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape, std: float) -> Draw:
+def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape, config: InitConfig) -> Draw:
     """One entry of the table above; the router, which neither backbone has, is drawn like q."""
-    if BACKBONES[backbone].init == "gpt2":
-        if role in ("embed", "position", "head"):
-            return Draw(std=PUBLISHED_STD)
-        return Draw(std=std / (2 * shape.n_layers) ** 0.5 if role in ("o", "down") else std)
-    if role == "embed":
-        return Draw(std=PUBLISHED_STD if shape.tied else 1.0)
+    gpt2 = BACKBONES[backbone].init == "gpt2"
+    if role in ("embed", "position"):
+        return Draw(std=PUBLISHED_STD if shape.tied or gpt2 else 1.0)
     if role == "head":
-        return Draw(std=shape.d**-0.5, cut=3 * shape.d**-0.5)
-    return Draw(std=std / (2 * (layer + 1)) ** 0.5 if role in ("o", "down", "up") else std, cut=2.0)
+        return Draw(std=PUBLISHED_STD) if gpt2 else Draw(std=shape.d**-0.5, cut=3 * shape.d**-0.5)
+    std = block_std(config, role, shape)
+    depth = 1.0
+    if config.std != "unit":
+        if gpt2 and role in ("o", "down"):
+            depth = (2 * shape.n_layers) ** -0.5
+        if not gpt2 and role in ("o", "down", "up"):
+            depth = (2 * (layer + 1)) ** -0.5
+    return Draw(std=std, depth=depth) if gpt2 or config.std == "unit" else Draw(std=std, cut=2.0, depth=depth)
 
 
 @torch.no_grad()
@@ -58,10 +68,11 @@ def draw_(weight: Tensor, draw: Draw, seed: int, name: str) -> None:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     fresh = torch.empty(weight.shape, dtype=torch.float32)
+    std = draw.std * draw.depth
     if draw.cut is None:
-        fresh.normal_(0.0, draw.std, generator=generator)
+        fresh.normal_(0.0, std, generator=generator)
     else:
-        nn.init.trunc_normal_(fresh, 0.0, draw.std, -draw.cut, draw.cut, generator=generator)
+        nn.init.trunc_normal_(fresh, 0.0, std, -draw.cut, draw.cut, generator=generator)
     weight.copy_(fresh)
 
 
@@ -71,3 +82,15 @@ def normalize_(weight: Tensor, axis: int, *, only_longer: bool = False) -> None:
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     norm = torch.linalg.vector_norm(exact, dim=axis, keepdim=True)
     weight.copy_(exact / norm.clamp_min(1.0 if only_longer else 1e-12))
+
+
+@torch.no_grad()
+def pull_back_(weight: Tensor, axis: int, multiplier: Tensor) -> None:
+    """lambda <- max(0, lambda + (|w|^2 - 1) / 2), then w <- (1 - lambda) w, for the vectors w along `axis`.
+
+    Args:
+        multiplier: lambda, of the weight's shape without `axis`; changed in place.
+    """
+    excess = (weight.to(multiplier.dtype).square().sum(axis) - 1) / 2
+    multiplier.add_(excess).clamp_min_(0.0)
+    weight.mul_(1 - multiplier.unsqueeze(axis))

@@ -6,20 +6,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptnorm.model.init import normalize_, pull_back_
 from gptnorm.norms import build_all
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies import Strategy
 
 
-class Projection(nn.Module):
-    """y = after(W x), W of shape (out_features, in_features), no bias."""
+class WeightOwner(nn.Module):
+    """A weight of some role, what follows it, and what holds for it after every step.
 
-    def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy) -> None:
+    The weight is (out, in), or (experts, out, in) with gains for each expert.
+    """
+
+    def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy, size: tuple[int, ...]) -> None:
         super().__init__()
         self.role: Role = role
         self.layer = layer
-        self.weight = nn.Parameter(torch.empty(shape.out_features(role), shape.in_features(role)))
-        self.after = build_all(strategy.projection(role, layer, shape))
+        self.weight = nn.Parameter(torch.empty(size))
+        self.after = build_all(strategy.projection(role, layer, shape), experts=size[0] if len(size) == 3 else None)
+        self.constraint = strategy.constraint(role, layer, shape)
+        if self.constraint and self.constraint.kind == "penalty":
+            # One multiplier per vector; they grow while it is too long, so they belong to a checkpoint.
+            self.register_buffer("multiplier", torch.empty_like(self.weight.detach().select(self.constraint.axis, 0)))
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        if self.constraint and self.constraint.kind == "penalty":
+            self.get_buffer("multiplier").zero_()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Puts the weight back where its strategy wants it."""
+        if self.constraint is None:
+            return
+        if self.constraint.kind == "penalty":
+            pull_back_(self.weight, self.constraint.axis, self.get_buffer("multiplier"))
+        else:
+            normalize_(self.weight, self.constraint.axis, only_longer=self.constraint.kind == "bound")
+
+    def extra_repr(self) -> str:
+        return f"{self.role}, {tuple(self.weight.shape)}"
+
+
+class Projection(WeightOwner):
+    """y = after(W x), W of shape (out_features, in_features), no bias."""
+
+    def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy) -> None:
+        super().__init__(role, layer, shape, strategy, (shape.out_features(role), shape.in_features(role)))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
@@ -27,25 +61,15 @@ class Projection(nn.Module):
             y = step(y)
         return y
 
-    def extra_repr(self) -> str:
-        return f"{self.role}, {tuple(self.weight.shape)}"
 
-
-class Table(nn.Module):
+class Table(WeightOwner):
     """y = after(W[i]): the embedding of tokens or of positions, W of shape (rows, d)."""
 
     def __init__(self, role: Role, rows: int, shape: Shape, strategy: Strategy) -> None:
-        super().__init__()
-        self.role: Role = role
-        self.layer = 0
-        self.weight = nn.Parameter(torch.empty(rows, shape.d))
-        self.after = build_all(strategy.projection(role, 0, shape))
+        super().__init__(role, 0, shape, strategy, (rows, shape.d))
 
     def forward(self, index: Tensor) -> Tensor:
         y = F.embedding(index, self.weight)
         for step in self.after:
             y = step(y)
         return y
-
-    def extra_repr(self) -> str:
-        return f"{self.role}, {tuple(self.weight.shape)}"

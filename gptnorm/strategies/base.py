@@ -1,7 +1,7 @@
 """The contract: everything that anyone asks about normalisation is asked of a `Strategy`.
 
 A strategy is a frozen object that holds its options and no tensors. It answers with data
-(`After`, `Attention`, `FeedForward`, `Draw`, `Constraint`) and with the block equation itself
+(`After`, `Attention`, `FeedForward`, `Logits`, `Draw`, `Constraint`, `Group`) and with the block equation itself
 (`open`, `block`, `close`); the backbone owns every weight. Layers count from 0.
 """
 
@@ -15,12 +15,15 @@ from typing import Any, ClassVar, Literal
 import pydantic.dataclasses
 from torch import Tensor
 
-from gptnorm.config import STRICT, PositiveFloat, Scalar
+from gptnorm.config import STRICT, OptionsConfig, PositiveFloat, Scalar
 from gptnorm.norms import After, Axis, LearnedScale, Norm
 from gptnorm.shape import NormKind, Role, Shape
 
 State = tuple[Tensor, ...]
 """The residual streams between blocks, each (batch, time, d); most strategies carry one."""
+
+EPS = 1e-5
+"""Added inside the square root where a strategy says nothing else."""
 
 Branch = Callable[[Tensor], Tensor]
 """Attention or feed-forward with its projections' own norms: (batch, time, d) to the same."""
@@ -58,6 +61,10 @@ class Attention:
     q: Norm | None = None
     k: Norm | None = None
     v: Norm | None = None
+    softcap: float | None = None
+    """c in c tanh(logit / c)."""
+    clip: float | None = None
+    """Largest attention logit tau of QK-clip: W_q and W_k of a head that went beyond it shrink after the step."""
     rope_first: bool = False
     """Whether queries and keys are normed after the rotary positions instead of before."""
     qk_scale: LearnedScale | None = None
@@ -74,23 +81,47 @@ class FeedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BranchScale:
+    """Constant factors of the branches' outputs in the forward pass."""
+
+    attn: float = 1.0
+    ffn: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """What happens to the head's output on its way to the loss."""
+
+    softcap: float | None = None
+    """c in c tanh(logit / c)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared logsumexp of the logits in the training objective."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How a weight is drawn: N(0, std^2), truncated at +-cut if that is given."""
+    """How a weight is drawn: N(0, (depth * std)^2), truncated at +-cut if that is given."""
 
     std: float
     cut: float | None = None
+    depth: float = 1.0
+    """The part of the standard deviation that makes deep stacks behave, apart so that it can be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
     """What holds for a weight after every step: vectors along `axis` have L2 norm 1, or at most 1.
 
-    At initialisation they are brought to exactly 1 in both cases.
+    At initialisation they are brought to exactly 1 in every case. A "penalty" pulls a vector w that is
+    longer than 1 back instead of cutting it: after each step
+    lambda <- max(0, lambda + (|w|^2 - 1) / 2), w <- (1 - lambda) w
+    (the augmented Lagrangian of constrained parameter regularisation, Franke et al. 2023, arXiv
+    2311.09058, with one multiplier per vector).
     """
 
     axis: Literal[-1, -2]
     """-1: along the input (rows), -2: along the output (columns). Leading axes are experts."""
-    kind: Literal["unit", "bound"]
+    kind: Literal["unit", "bound", "penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +133,16 @@ class Group:
 
 
 class Strategy(ABC):
-    """How a GPT is normalised. See `Normed` for the options that most strategies share."""
+    """How a GPT is normalised.
+
+    `Normed` has the options of the strategies that are built from norms; `gptnorm.strategies.compose`
+    adds what composes with any of them (QK-norm, soft-caps, ScaleInit, …).
+    """
 
     card: ClassVar[Card]
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {}
-    """Settings that its paper prescribes (`optim.warmup = 0`, say); recipe and command line win over them."""
+    """Settings that its paper prescribes (`optim.warmup = 0` or `options.qk_norm = "full"`, say); recipe and
+    command line win over them."""
 
     def projection(self, role: Role, layer: int, shape: Shape) -> tuple[After, ...]:
         """What happens to the raw output z of a linear map (or of a table look-up), in order."""
@@ -119,6 +155,18 @@ class Strategy(ABC):
     def feedforward(self, layer: int, shape: Shape) -> FeedForward:
         """Factors around the activation."""
         return FeedForward()
+
+    def branch_scale(self, layer: int, shape: Shape) -> BranchScale:
+        """Factors of the two branches' outputs; `block` sees the branches with them."""
+        return BranchScale()
+
+    def logits(self, shape: Shape) -> Logits:
+        """Soft-cap and auxiliary loss of the head's output."""
+        return Logits()
+
+    def make_norm(self, size: int, shape: Shape, axis: Axis = "width") -> Norm:
+        """A norm over `size` features as this strategy would have it, for options that add one."""
+        return Norm(kind=shape.norm, size=size, eps=EPS, axis=axis)
 
     def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
         """What the wiring of block `layer` owns, by name; built, it is the `own` of `block`."""
@@ -152,6 +200,10 @@ class Strategy(ABC):
         """What the weight is projected onto at initialisation and after every step."""
         return None
 
+    def refuses(self, options: OptionsConfig) -> str | None:
+        """Why this strategy cannot take such options, where that does not follow from its answers."""
+        return None
+
     def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
         """How a parameter is optimised; `role` is None for gains and learned scales."""
         return Group()
@@ -163,20 +215,8 @@ class Normed(Strategy):
 
     norm: NormKind | Literal["backbone"] = "backbone"
     """rmsnorm, layernorm, np_layernorm (no gain), or what the backbone was published with."""
-    eps: PositiveFloat = 1e-5
+    eps: PositiveFloat = EPS
     """Added inside the square root."""
-    qk_norm: Literal["none", "full", "head"] = "none"
-    """Norm of queries and keys before the rotary positions: over all heads together, or per head."""
 
     def make_norm(self, size: int, shape: Shape, axis: Axis = "width") -> Norm:
-        """This strategy's norm over `size` features."""
         return Norm(kind=shape.norm if self.norm == "backbone" else self.norm, size=size, eps=self.eps, axis=axis)
-
-    def attention(self, layer: int, shape: Shape) -> Attention:
-        scale = shape.head_dim**-0.5
-        if self.qk_norm == "none":
-            return Attention(softmax_scale=scale)
-        if self.qk_norm == "head":
-            norm = self.make_norm(shape.head_dim, shape, axis="head")
-            return Attention(softmax_scale=scale, q=norm, k=norm)
-        return Attention(softmax_scale=scale, q=self.make_norm(shape.d, shape), k=self.make_norm(shape.d_kv, shape))

@@ -2,7 +2,7 @@ r"""PreNorm with normed queries and keys: the SimpleGPT paper's baseline.
 
     q = heads(N_q(W_q N(x))),  k = heads(N_k(W_k N(x))),  then RoPE;  v is left alone
 
-The norm runs over all heads together, before they are split (`qk_norm = "full"`); per head
+The norm runs over all heads together, before they are split (`options.qk_norm = "full"`); per head
 (`"head"`, as in Qwen 3) is another method under the same name.
 
 Source: Henry et al. 2020 (arXiv 2010.04245) for the idea, the reference code of SimpleGPT
@@ -11,12 +11,13 @@ Source: Henry et al. 2020 (arXiv 2010.04245) for the idea, the reference code of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from gptnorm.config import STRICT
+from gptnorm.config import STRICT, Scalar
 from gptnorm.strategies.prenorm import PreNorm
 
 
@@ -38,5 +39,4 @@ class PreNormQKNorm(PreNorm):
         ours="the form that the paper used with GPT-2 is unknown; full width is used there too",
     )
 
-    qk_norm: Literal["full", "head"] = "full"
-    """full: over all heads together (the paper's baseline); head: per head."""
+    recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"options.qk_norm": "full"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from gptnorm.config import Scalar
+from gptnorm.config import OptionsConfig, Scalar
 from gptnorm.errors import bad_value
 from gptnorm.strategies.base import Strategy
+from gptnorm.strategies.compose import compose
 from gptnorm.strategies.ngpt import NGPT
 from gptnorm.strategies.postnorm import PostNorm
 from gptnorm.strategies.prenorm import PreNorm
@@ -35,6 +36,21 @@ def find_strategy(name: str) -> type[Strategy]:
     return STRATEGIES[name]
 
 
-def make_strategy(name: str, options: Mapping[str, Scalar]) -> Strategy:
-    """The strategy with its options (the `[strategy]` table); UserError names what does not fit."""
-    return read_table(find_strategy(name), dict(options), key="strategy")
+def make_strategy(name: str, table: Mapping[str, Scalar], options: OptionsConfig | None = None) -> Strategy:
+    """The strategy with its own options (the `[strategy]` table) and those that compose with any.
+
+    Args:
+        options: the `[options]` table; left out, what the strategy itself presets.
+
+    Raises:
+        UserError: a key that does not fit, or options that make no sense with the strategy.
+    """
+    strategy = read_table(find_strategy(name), dict(table), key="strategy")
+    return compose(strategy, preset_options(strategy) if options is None else options)
+
+
+def preset_options(strategy: Strategy) -> OptionsConfig:
+    """The `options.…` among a strategy's recipe defaults."""
+    defaults = {key.partition(".")[::2]: value for key, value in strategy.recipe_defaults.items()}
+    table = {key: value for (table, key), value in defaults.items() if table == "options"}
+    return read_table(OptionsConfig, table, key="options")

@@ -18,7 +18,8 @@ from gptnorm.config import Config
 from gptnorm.data import Sampler, Shards, validation_windows
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
-from gptnorm.model import build_gpt
+from gptnorm.model import Objective, build_gpt
+from gptnorm.model.moe import describe_routing
 from gptnorm.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
@@ -80,7 +81,10 @@ class _Trainer:
         self.sampler, self.validation = open_batches(config, shards)
         self.model = build_gpt(config, vocab=self.vocab, device=self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.loss: Callable[[Tensor], Tensor] = torch.compile(self.model.loss) if train.compile else self.model.loss
+        self.loss: Callable[[Tensor], Tensor] = self.model.loss
+        self.objective: Callable[[Tensor], Objective] = self.model.objective
+        if train.compile:
+            self.loss, self.objective = torch.compile(self.loss), torch.compile(self.objective)
         self.step = 0
         self.seconds = 0.0
 
@@ -133,14 +137,17 @@ class _Trainer:
         config = self.config
         micros = self._micro_batches(self.sampler.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
+        routings = []
         for tokens in micros:
             with self._autocast():
-                loss = self.loss(tokens) / len(micros)
-            loss.backward()
-            total += loss.detach()
+                objective = self.objective(tokens)
+            (objective.total / len(micros)).backward()
+            loss += objective.loss.detach() / len(micros)
+            if objective.routing is not None:
+                routings.append(objective.routing)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
-        loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
+        loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             return self._explain(micros)
 
@@ -154,7 +161,7 @@ class _Trainer:
         tokens_seen = self.step * config.train.batch_size * config.train.seq_len
         self.watcher.step(self.step, loss_value, tokens_seen / max(seconds, 1e-9))
         if self._due(config.train.log_every) or self.step == config.train.steps:
-            values = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
+            values = {"loss": loss_value, "lr": lr, "grad_norm": norm_value, **describe_routing(routings)}
             folder.log(step=self.step, split="train", **values, tokens=tokens_seen, seconds=round(seconds, 3))
             board.log(self.step, "train", values)
         return None
@@ -168,7 +175,7 @@ class _Trainer:
         def repeat(tokens: Tensor) -> Callable[[], Tensor]:
             def loss() -> Tensor:
                 with self._autocast():
-                    return self.model.loss(tokens)
+                    return self.model.objective(tokens).total
 
             return loss
 
@@ -179,10 +186,12 @@ class _Trainer:
     def _validate(self, folder: RunFolder, board: TensorBoard) -> float:
         """Mean loss over the fixed validation windows."""
         total, count = 0.0, 0
+        self.model.eval()
         for windows in self.validation:
             with self._autocast():
                 total += self.loss(check_ids(windows, self.vocab).to(self.device)).item() * len(windows)
             count += len(windows)
+        self.model.train()
         loss = total / count
         folder.log(step=self.step, split="val", loss=loss if math.isfinite(loss) else None)
         board.log(self.step, "val", {"loss": loss})

@@ -56,9 +56,10 @@ def test_gpt2_table() -> None:
 
 
 def test_twin_and_number() -> None:
-    assert block_std(InitConfig(std="twin"), 2048) == pytest.approx(0.02)
-    assert block_std(InitConfig(std="twin"), 64) == pytest.approx(0.02 * math.sqrt(32))
-    assert block_std(InitConfig(std=0.3), 64) == 0.3
+    wide, narrow = tiny_shape("llama2", d_model=2048), tiny_shape("llama2", d_model=64)
+    assert block_std(InitConfig(std="twin"), "q", wide) == pytest.approx(0.02)
+    assert block_std(InitConfig(std="twin"), "q", narrow) == pytest.approx(0.02 * math.sqrt(32))
+    assert block_std(InitConfig(std=0.3), "q", narrow) == 0.3
 
 
 def test_twin_leaves_embedding_and_head_alone() -> None:

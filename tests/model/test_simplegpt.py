@@ -57,8 +57,8 @@ def test_residual_rms(backbone: BackboneName) -> None:
     model = tiny_gpt("simplenorm", backbone, d_model=256, n_heads=4, n_layers=6, d_ff=512)
     rms = []
 
-    def watch(block: torch.nn.Module, inputs: object, state: tuple[torch.Tensor, ...]) -> None:
-        rms.append(state[0].square().mean().sqrt().item())
+    def watch(block: torch.nn.Module, inputs: object, output: tuple[tuple[torch.Tensor, ...], None]) -> None:
+        rms.append(output[0][0].square().mean().sqrt().item())
 
     for block in model.blocks:
         block.register_forward_hook(watch)
@@ -146,7 +146,7 @@ class TestClosedForms:
         return self.build(1e-30)
 
     def build(self, eps: float):
-        model = tiny_gpt("simplenorm", "llama2", options={"eps": eps}, d_model=8, n_heads=2, d_ff=6)
+        model = tiny_gpt("simplenorm", "llama2", own={"eps": eps}, d_model=8, n_heads=2, d_ff=6)
         psi = model.blocks[1].ffn.up.double()
         generator = torch.Generator().manual_seed(0)
 

@@ -122,7 +122,7 @@ def test_stream_stays_near_one_at_initialisation() -> None:
     model = build("llama2")
     norms = []
     for block in model.blocks:
-        block.register_forward_hook(lambda m, i, state: norms.append(state[0].norm(dim=-1).mean().item()))
+        block.register_forward_hook(lambda m, i, o: norms.append(o[0][0].norm(dim=-1).mean().item()))
     with torch.no_grad():
         model(tokens(batch=8))
     assert norms == pytest.approx([1.0, 1.0], abs=0.1)
