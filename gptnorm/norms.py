@@ -43,7 +43,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicTanh:
-    r"""$\gamma \odot \tanh(\alpha z)$ with one learned $\alpha$: DyT, which stands where a norm would.
+    r"""$\gamma \odot \tanh(\alpha z)$ with one learned $\alpha$; it stands where a norm would.
 
     Zhu et al. 2025 (arXiv 2503.10622), in the form without bias that its Llama code uses.
     """

@@ -40,11 +40,29 @@ def _after_every_matrix(s: Shape) -> int:
 ROWS = (
     Row("prenorm", _norms(2, 1)),
     Row("prenorm_qknorm", lambda s: _norms(2, 1)(s) + s.n_layers * (s.d + s.d_kv)),
+    Row("qkv_norm", lambda s: _norms(2, 1)(s) + 3 * s.n_layers * s.head_dim),
+    Row("lns", _norms(2, 1)),
+    # a gain and an alpha each; the scale of the embedding
+    Row("dyt", lambda s: (2 * s.n_layers + 1) * (s.d + 1) + 1),
     Row("postnorm", _norms(2, 0)),
+    Row("deepnorm", _norms(2, 0)),
+    Row("b2t", _norms(2, 0)),
+    # N0; the norm of the embedding where the head shares it
+    Row("spannorm", lambda s: _norms(2, 2 if s.tied else 1)(s)),
+    Row("keel", _norms(4, 0)),
+    Row("mixln", _norms(2, 1)),
+    Row("hybridnorm", lambda s: _norms(1, 1)(s) + 3 * s.n_layers * s.head_dim),
+    Row("sandwich", _norms(4, 1)),
+    Row("periln", _norms(4, 2)),
+    Row("reordered", lambda s: _norms(2, 1)(s) + s.n_layers * (s.d + s.d_kv)),
     Row("simplenorm", _after_every_matrix),
+    # alpha twice per block; s_Z
+    Row("angpt", lambda s: s.n_layers * 2 * s.d + s.vocab, constrained=True),
     # alpha twice, s_qk, s_u and (gated) s_v per block; s_z
     Row("ngpt", lambda s: s.n_layers * (2 * s.d + s.d_kv + (2 if s.gated else 1) * s.d_ff) + s.vocab, constrained=True),
     Row("residual_dual", _norms(2, 1)),
+    # four norms and the scale of X per block
+    Row("siamesenorm", lambda s: _norms(5, 3)(s) + 3 * s.n_layers * s.head_dim),
 )
 assert [row.strategy for row in ROWS] == list(STRATEGIES), "every strategy has one row here"
 

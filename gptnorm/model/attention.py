@@ -33,6 +33,7 @@ class CausalAttention(nn.Module):
         self.qk_scale = spec.qk_scale.build() if spec.qk_scale else None
         self.rope_first = spec.rope_first
         self.softmax_scale = spec.softmax_scale
+        self.averaging = spec.averaging
         self.softcap = spec.softcap
         self.clip = spec.clip
         if self.clip is not None:
@@ -69,6 +70,9 @@ class CausalAttention(nn.Module):
         if self.clip is not None and self.training:
             self._watch_logits(q_BHTE, k_BGTE)
         o_BHTE = self._attend(q_BHTE, k_BGTE, v_BGTE)
+        if self.averaging is not None:
+            t_T1 = torch.arange(1, o_BHTE.shape[-2] + 1, device=o_BHTE.device, dtype=torch.float32)[:, None]
+            o_BHTE = o_BHTE * (self.averaging * t_T1).sqrt().clamp_min(1.0).to(o_BHTE.dtype)
         return self.o(o_BHTE.transpose(1, 2).flatten(-2))
 
     def _attend(self, q_BHTE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:

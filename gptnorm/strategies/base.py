@@ -65,6 +65,8 @@ class Attention:
     """c in c tanh(logit / c)."""
     clip: float | None = None
     """Largest attention logit tau of QK-clip: W_q and W_k of a head that went beyond it shrink after the step."""
+    averaging: float | None = None
+    """c: the values' average at position t = 1, 2, … is multiplied by max(1, sqrt(c t)). None: it is not."""
     rope_first: bool = False
     """Whether queries and keys are normed after the rotary positions instead of before."""
     qk_scale: LearnedScale | None = None

@@ -164,7 +164,7 @@ def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:
         found["v_norm"] = "its values are normed already"
     if options.qk_clip and (traits.qk_normed or options.qk_norm != "none"):
         found["qk_clip"] = "queries and keys are normed, so smaller weights would change nothing"
-    elif options.qk_clip and traits.constrained:
+    elif options.qk_clip and traits.pinned:
         found["qk_clip"] = "its weights are put back to norm 1 after every step, which would undo the clip"
     if options.scale_mode in ("init", "both"):
         if traits.constrained:
@@ -205,7 +205,9 @@ class _Traits:
     qk_normed: bool
     v_normed: bool
     constrained: bool
-    """Whether W_q, W_k, W_o or W_down are put back to norm 1."""
+    """Whether W_o or W_down are brought to norm 1 at initialisation."""
+    pinned: bool
+    """Whether W_q or W_k are put back to norm 1 after every step, and not merely kept from growing."""
     wiring_norms: bool
     """Whether the block norms both branches' outputs before it adds them."""
     output_normed: bool
@@ -227,8 +229,9 @@ def _traits(strategy: Strategy) -> _Traits:
     return _Traits(
         qk_normed=any(a.q or a.k for a in attention) or normed("q") or normed("k"),
         v_normed=any(a.v for a in attention) or normed("v"),
-        constrained=any(
-            strategy.constraint(role, layer, shape) for role in ("q", "k", "o", "down") for layer in layers
+        constrained=any(strategy.constraint(role, n, shape) for role in ("o", "down") for n in layers),
+        pinned=any(
+            c.kind == "unit" for role in ("q", "k") for n in layers if (c := strategy.constraint(role, n, shape))
         ),
         wiring_norms=wiring,
         output_normed=wiring or (normed("o") and normed("down")),

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from gptnorm.config import STRICT, PositiveFloat, Scalar
-from gptnorm.norms import After, LearnedScale, Norm
+from gptnorm.norms import After, Axis, Constant, LearnedScale, Norm
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies.base import Attention, Branch, Card, Constraint, Draw, FeedForward, State, Strategy
 
@@ -46,7 +46,8 @@ class NGPT(Strategy):
         measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
         "validation loss 1.667 at 3e-2, the last of six",
         ours="with grouped queries the heads of a group share s_qk; learned positions are unit rows that are "
-        "added and normed once; an ungated feed-forward has √d and s_u before its activation",
+        "added and normed once; an ungated feed-forward has √d and s_u before its activation; experts have s_u, s_v and "
+        "unit weights of their own, N follows their weighted sum, and the router (unit rows) has √d on its logits",
     )
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"optim.warmup": 0, "optim.weight_decay": 0, "optim.floor": 0}
 
@@ -54,8 +55,8 @@ class NGPT(Strategy):
     """Initial step towards a branch's output (the paper uses 0.1 for its 1B model at 8k context)."""
 
     def projection(self, role: Role, layer: int, shape: Shape) -> tuple[After, ...]:
-        if role in ("o", "down"):
-            return (self._unit(shape.d),)
+        if role == "router":
+            return (Constant(value=shape.d**0.5),)
         if role in ("gate", "up"):
             return (LearnedScale(size=shape.d_ff, init=1.0, scale=1.0),)
         if role == "head":
@@ -63,7 +64,7 @@ class NGPT(Strategy):
         return ()
 
     def attention(self, layer: int, shape: Shape) -> Attention:
-        norm = Norm(kind="l2", size=shape.head_dim, eps=EPS, axis="head")
+        norm = self.make_norm(shape.head_dim, shape, "head")
         s_qk = LearnedScale(size=shape.d_kv, init=1.0, scale=shape.d**-0.5)
         return Attention(softmax_scale=shape.head_dim**0.5, q=norm, k=norm, rope_first=True, qk_scale=s_qk)
 
@@ -72,10 +73,10 @@ class NGPT(Strategy):
 
     def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
         alpha = LearnedScale(size=shape.d, init=self.alpha_init, scale=shape.d**-0.5, absolute=True)
-        return {"alpha_attn": alpha, "alpha_ffn": alpha, "unit": self._unit(shape.d)}
+        return {"alpha_attn": alpha, "alpha_ffn": alpha, "unit": self.make_norm(shape.d, shape)}
 
     def end_parts(self, shape: Shape) -> dict[str, After]:
-        return {"unit": self._unit(shape.d)}
+        return {"unit": self.make_norm(shape.d, shape)}
 
     def open(self, h: Any, own: Any) -> State:
         # Rows of the embedding are unit vectors already; only learned positions move h off the sphere.
@@ -83,8 +84,8 @@ class NGPT(Strategy):
 
     def block(self, state: State, attn: Branch, ffn: Branch, own: Any, layer: int, n_layers: int) -> State:
         (h,) = state
-        h = own.unit(h + own.alpha_attn(attn(h) - h))
-        h = own.unit(h + own.alpha_ffn(ffn(h) - h))
+        h = own.unit(h + own.alpha_attn(own.unit(attn(h)) - h))
+        h = own.unit(h + own.alpha_ffn(own.unit(ffn(h)) - h))
         return (h,)
 
     def init(self, role: Role, layer: int, shape: Shape, published: Draw) -> Draw:
@@ -93,5 +94,5 @@ class NGPT(Strategy):
     def constraint(self, role: Role, layer: int, shape: Shape) -> Constraint:
         return Constraint(axis=-2 if role in ("o", "down") else -1, kind="unit")
 
-    def _unit(self, size: int) -> Norm:
-        return Norm(kind="l2", size=size, eps=EPS)
+    def make_norm(self, size: int, shape: Shape, axis: Axis = "width") -> Norm:
+        return Norm(kind="l2", size=size, eps=EPS, axis=axis)

@@ -7,23 +7,51 @@ from collections.abc import Mapping
 
 from gptnorm.config import OptionsConfig, Scalar
 from gptnorm.errors import bad_value
+from gptnorm.strategies.angpt import AnGPT
+from gptnorm.strategies.b2t import B2T
 from gptnorm.strategies.base import Strategy
 from gptnorm.strategies.compose import compose
+from gptnorm.strategies.deepnorm import DeepNorm
+from gptnorm.strategies.dyt import DyT
+from gptnorm.strategies.hybridnorm import HybridNorm
+from gptnorm.strategies.keel import Keel
+from gptnorm.strategies.lns import LNS
+from gptnorm.strategies.mixln import MixLN
 from gptnorm.strategies.ngpt import NGPT
+from gptnorm.strategies.periln import PeriLN
 from gptnorm.strategies.postnorm import PostNorm
 from gptnorm.strategies.prenorm import PreNorm
 from gptnorm.strategies.prenorm_qknorm import PreNormQKNorm
+from gptnorm.strategies.qkv_norm import QKVNorm
+from gptnorm.strategies.reordered import Reordered
 from gptnorm.strategies.residual_dual import ResidualDual
+from gptnorm.strategies.sandwich import Sandwich
+from gptnorm.strategies.siamesenorm import SiameseNorm
 from gptnorm.strategies.simplenorm import SimpleNorm
+from gptnorm.strategies.spannorm import SpanNorm
 from gptnorm.typed import read_table
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "prenorm": PreNorm,
     "prenorm_qknorm": PreNormQKNorm,
+    "qkv_norm": QKVNorm,
+    "lns": LNS,
+    "dyt": DyT,
     "postnorm": PostNorm,
+    "deepnorm": DeepNorm,
+    "b2t": B2T,
+    "spannorm": SpanNorm,
+    "keel": Keel,
+    "mixln": MixLN,
+    "hybridnorm": HybridNorm,
+    "sandwich": Sandwich,
+    "periln": PeriLN,
+    "reordered": Reordered,
     "simplenorm": SimpleNorm,
+    "angpt": AnGPT,
     "ngpt": NGPT,
     "residual_dual": ResidualDual,
+    "siamesenorm": SiameseNorm,
 }
 
 

@@ -152,6 +152,46 @@ def plain_ngpt(m: Plain, tokens_T: Tensor) -> Tensor:
     return m.head(h) * m.p["head.after.0.stored"] * d**0.5
 
 
+def plain_angpt(m: Plain, tokens_T: Tensor) -> Tensor:
+    """angpt.md section 2; E[act(ν_uz g)²] as a Riemann sum instead of Gauss-Hermite."""
+    d, d_h, d_ff, learned_positions = m.s.d, m.s.head_dim, m.s.d_ff, not m.s.rope_theta
+    h = m.embed(tokens_T) * (0.5**0.5 if learned_positions else 1.0)
+    m.scale = d_h**0.5
+    nu_uz = (d / d_ff) ** 0.5
+    g = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    density = torch.exp(-(g**2) / 2) / (2 * torch.pi) ** 0.5
+    act = F.silu if m.s.gated else F.gelu
+    moment = (act(nu_uz * g) ** 2 * density).sum() * (g[1] - g[0])
+    nu_acf = float(moment**-0.5) if m.s.gated else float((d_ff * moment) ** -0.5)
+    nu = {"q": (d / d_h) ** 0.5, "k": (d / d_h) ** 0.5, "v": (d / d_h) ** 0.5, "o": (d_h / d) ** 0.5}
+    nu |= {"gate": nu_uz, "up": nu_uz, "down": (d_ff / d) ** 0.5 * nu_acf}
+
+    def after(role: str, z: Tensor) -> Tensor:
+        return nu[role] * z
+
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        for branch in ("attn", "ffn"):
+            alpha = m.p[f"{here}.own.alpha_{branch}.stored"] * (0.01 * d**0.5)
+            x = m.attend(h, here, after, lambda _, z: unit(z)) if branch == "attn" else m.feed(h, here, after, d**0.5)
+            h = (h + alpha * (x - h)) / (alpha**2 + (1 - alpha) ** 2).sqrt()
+    return m.head(h) * m.p["head.after.0.stored"] * d**0.5
+
+
+def plain_spannorm(m: Plain, tokens_T: Tensor) -> Tensor:
+    """spannorm.md section 0, reading A."""
+    x = m.embed(tokens_T)
+    if m.s.tied:
+        x = m.norm(x, m.p["own.embed_norm.gain"])
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        read = m.norm(x, m.p[f"{here}.own.n0.gain"]) if n == 0 else x
+        y = m.norm(x + m.attend(read, here, nothing, nothing), m.p[f"{here}.own.n1.gain"])
+        x = m.norm(x + m.feed(y, here, nothing) / (2 * m.s.n_layers) ** 0.5, m.p[f"{here}.own.n2.gain"])
+    return m.head(x)
+
+
 def plain_residual_dual(m: Plain, tokens_T: Tensor) -> Tensor:
     x = r = m.embed(tokens_T)
     m.scale = m.s.head_dim**-0.5
@@ -164,11 +204,193 @@ def plain_residual_dual(m: Plain, tokens_T: Tensor) -> Tensor:
     return m.head(x + m.norm(r, m.p["own.dual_norm.gain"]))
 
 
+# --- the neighbours: where a norm stands, by the papers' equations --------------------------------------------------
+
+
+def per_head(m: Plain, here: str, roles: tuple[str, ...] = ("q", "k", "v")) -> Callable[[str, Tensor], Tensor]:
+    """Norms of one head's features each, before RoPE, with one gain for all heads."""
+
+    def after(role: str, z: Tensor) -> Tensor:
+        if role not in roles:
+            return z
+        heads = z.split(m.s.head_dim, -1)
+        return torch.cat([m.norm(head, m.p[f"{here}.attn.{role}_norm.norm.gain"]) for head in heads], -1)
+
+    return after
+
+
+def plain_qkv_norm(m: Plain, tokens_T: Tensor) -> Tensor:
+    return plain_prenorm(m, tokens_T, lambda here: per_head(m, here))
+
+
+def plain_lns(m: Plain, tokens_T: Tensor) -> Tensor:
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here, root = f"blocks.{n}", (n + 1) ** 0.5
+        x = x + m.attend(m.norm(x, m.p[f"{here}.own.attn_norm.gain"]) / root, here, nothing, nothing)
+        x = x + m.feed(m.norm(x, m.p[f"{here}.own.ffn_norm.gain"]) / root, here, nothing)
+    return m.head(m.norm(x, m.p["own.final_norm.gain"]))
+
+
+def plain_dyt(m: Plain, tokens_T: Tensor) -> Tensor:
+    def dyt(z: Tensor, name: str) -> Tensor:
+        e = torch.exp(-2 * m.p[f"{name}.alpha"] * z)
+        return m.p[f"{name}.gain"] * (1 - e) / (1 + e)
+
+    x = m.p["own.embed_scale.stored"] * m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        x = x + m.attend(dyt(x, f"{here}.own.attn_tanh"), here, nothing, nothing)
+        x = x + m.feed(dyt(x, f"{here}.own.ffn_tanh"), here, nothing)
+    return m.head(dyt(x, "own.final_tanh"))
+
+
+def plain_deepnorm(m: Plain, tokens_T: Tensor) -> Tensor:
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    alpha = (2 * m.s.n_layers) ** (1 / 4)
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        x = m.norm(alpha * x + m.attend(x, here, nothing, nothing), m.p[f"{here}.own.attn_norm.gain"])
+        x = m.norm(alpha * x + m.feed(x, here, nothing), m.p[f"{here}.own.ffn_norm.gain"])
+    return m.head(x)
+
+
+def plain_b2t(m: Plain, tokens_T: Tensor) -> Tensor:
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        y = m.norm(x + m.attend(x, here, nothing, nothing), m.p[f"{here}.own.attn_norm.gain"])
+        x = m.norm(x + y + m.feed(y, here, nothing), m.p[f"{here}.own.ffn_norm.gain"])
+    return m.head(x)
+
+
+def plain_keel(m: Plain, tokens_T: Tensor) -> Tensor:
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    alpha = 2 * m.s.n_layers
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        gain = {name: m.p[f"{here}.own.{name}.gain"] for name in ("attn_in", "attn_out", "ffn_in", "ffn_out")}
+        x = m.norm(alpha * x + m.attend(m.norm(x, gain["attn_in"]), here, nothing, nothing), gain["attn_out"])
+        x = m.norm(alpha * x + m.feed(m.norm(x, gain["ffn_in"]), here, nothing), gain["ffn_out"])
+    return m.head(x)
+
+
+def plain_mixln(m: Plain, tokens_T: Tensor, post_blocks: int | None = None) -> Tensor:
+    """A quarter of the blocks are PostNorm if `post_blocks` does not say how many."""
+    post_blocks = m.s.n_layers // 4 if post_blocks is None else post_blocks
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        first, second = (m.p[f"{here}.own.{name}_norm.gain"] for name in ("attn", "ffn"))
+        if n < post_blocks:
+            x = m.norm(x + m.attend(x, here, nothing, nothing), first)
+            x = m.norm(x + m.feed(x, here, nothing), second)
+        else:
+            x = x + m.attend(m.norm(x, first), here, nothing, nothing)
+            x = x + m.feed(m.norm(x, second), here, nothing)
+    return m.head(m.norm(x, m.p["own.final_norm.gain"]))
+
+
+def plain_hybridnorm(m: Plain, tokens_T: Tensor, starred: bool = False) -> Tensor:
+    """`starred`: the first block reads a normed input and keeps the raw skip (HybridNorm*)."""
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        first = starred and n == 0
+        read = m.norm(x, m.p[f"{here}.own.attn_norm.gain"]) if first else x
+        y = x + m.attend(read, here, per_head(m, here), nothing)
+        z = m.norm(y, m.p[f"{here}.own.ffn_norm.gain"])
+        x = (y if first else z) + m.feed(z, here, nothing)
+    return m.head(m.norm(x, m.p["own.final_norm.gain"]))
+
+
+def plain_sandwich(m: Plain, tokens_T: Tensor, embedding_gain: Tensor | None = None) -> Tensor:
+    x = m.embed(tokens_T)
+    if embedding_gain is not None:
+        x = m.norm(x, embedding_gain)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        gain = {name: m.p[f"{here}.own.{name}.gain"] for name in ("attn_in", "attn_out", "ffn_in", "ffn_out")}
+        x = x + m.norm(m.attend(m.norm(x, gain["attn_in"]), here, nothing, nothing), gain["attn_out"])
+        x = x + m.norm(m.feed(m.norm(x, gain["ffn_in"]), here, nothing), gain["ffn_out"])
+    return m.head(m.norm(x, m.p["own.final_norm.gain"]))
+
+
+def plain_periln(m: Plain, tokens_T: Tensor) -> Tensor:
+    return plain_sandwich(m, tokens_T, m.p["own.embed_norm.gain"])
+
+
+def plain_reordered(m: Plain, tokens_T: Tensor) -> Tensor:
+    x = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+
+        def full_width(role: str, z: Tensor, here: str = here) -> Tensor:
+            return m.norm(z, m.p[f"{here}.attn.{role}_norm.norm.gain"]) if role in ("q", "k") else z
+
+        x = x + m.norm(m.attend(x, here, full_width, nothing), m.p[f"{here}.own.attn_norm.gain"])
+        x = x + m.norm(m.feed(x, here, nothing), m.p[f"{here}.own.ffn_norm.gain"])
+    return m.head(m.norm(x, m.p["own.final_norm.gain"]))
+
+
+def plain_siamesenorm(m: Plain, tokens_T: Tensor) -> Tensor:
+    """The published code for language models (HybridNorm as the X stream)."""
+    x = y = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here, c = f"blocks.{n}", (2 * n + 2) ** 0.5
+        gain = {name: m.p[f"{here}.own.{name}.gain"] for name in ("attn_y", "attn_x", "ffn_y", "ffn_in")}
+        read = m.p[f"{here}.own.x_scale.stored"] * x + m.norm(y, gain["attn_y"])
+        o = m.attend(read, here, per_head(m, here), nothing)
+        x, y = m.norm(x + o / c, gain["attn_x"]), y + o
+        o = m.feed(m.norm(x + m.norm(y, gain["ffn_y"]), gain["ffn_in"]), here, nothing)
+        x, y = x + o / c, y + o
+    x, y = m.norm(x, m.p["own.x_norm.gain"]), m.norm(y, m.p["own.y_norm.gain"])
+    return m.head(m.norm(x + y, m.p["own.final_norm.gain"]))
+
+
+def plain_siamesenorm_equation(m: Plain, tokens_T: Tensor) -> Tensor:
+    """The paper's equation as it is reported, with PostNorm as the X stream."""
+    x = y = m.embed(tokens_T)
+    m.scale = m.s.head_dim**-0.5
+    for n in range(m.s.n_layers):
+        here = f"blocks.{n}"
+        for branch in ("attn", "ffn"):
+            gain = {name: m.p[f"{here}.own.{branch}_{name}.gain"] for name in ("y", "x", "in")}
+            read = m.norm(x + m.norm(y, gain["y"]), gain["in"])
+            o = m.attend(read, here, nothing, nothing) if branch == "attn" else m.feed(read, here, nothing)
+            x, y = m.norm(x + o / (n + 1) ** 0.5, gain["x"]), y + o
+    return m.head(x + m.norm(y, m.p["own.y_norm.gain"]))
+
+
 PLAIN = {
     "prenorm": plain_prenorm,
     "prenorm_qknorm": plain_prenorm_qknorm,
     "postnorm": plain_postnorm,
     "simplenorm": plain_simplenorm,
+    "angpt": plain_angpt,
     "ngpt": plain_ngpt,
+    "spannorm": plain_spannorm,
     "residual_dual": plain_residual_dual,
+    "qkv_norm": plain_qkv_norm,
+    "lns": plain_lns,
+    "dyt": plain_dyt,
+    "deepnorm": plain_deepnorm,
+    "b2t": plain_b2t,
+    "keel": plain_keel,
+    "mixln": plain_mixln,
+    "hybridnorm": plain_hybridnorm,
+    "sandwich": plain_sandwich,
+    "periln": plain_periln,
+    "reordered": plain_reordered,
+    "siamesenorm": plain_siamesenorm,
 }
