@@ -21,16 +21,23 @@ class Setting(NamedTuple):
 
 def list_settings(table: Any = Config, prefix: str = "") -> Iterator[Setting]:
     """Every key of `table`, a settings dataclass, the nested ones with dotted names."""
-    documented = table.__pydantic_fields__
     for field in dataclasses.fields(table):
         if dataclasses.is_dataclass(field.default):
             yield from list_settings(type(field.default), f"{prefix}{field.name}.")
         elif field.name == "strategy" and not prefix:
-            yield Setting("strategy.OPTION", "", documented["strategy"].description or "")
+            yield Setting("strategy.OPTION", "", _meaning(table, "strategy"))
         else:
-            description = " ".join((documented[field.name].description or "").split())
             default = "" if field.default is None else _text(field.default)
-            yield Setting(prefix + field.name, default, description)
+            yield Setting(prefix + field.name, default, _meaning(table, field.name))
+
+
+def _meaning(table: Any, name: str) -> str:
+    """A field's docstring, from the class that wrote it: pydantic does not hand it down."""
+    for cls in table.__mro__:
+        field = vars(cls).get("__pydantic_fields__", {}).get(name)
+        if field is not None and field.description:
+            return " ".join(field.description.split())
+    return ""
 
 
 def settings_table(table: Any = Config, prefix: str = "") -> Table:

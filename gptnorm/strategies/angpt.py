@@ -57,7 +57,6 @@ class AnGPT(Strategy):
         claims="as reported by a summary: 1.40 times fewer tokens to the same loss than GPT with QK-norm at 0.5B "
         "(nGPT 1.29), 2.75 % more time per step (nGPT 9.6 %); unstable without ν(α); errors of 2 % in the others "
         "change nothing",
-        measured="not measured yet",
         ours="α starts at 0.01 (the summary's number, its subscript unclear) and is stored at 1/√d; one α per feature, "
         "ν(α) elementwise, α may turn negative; s_Z starts at 1; no gain in the norm of q and k; no factor for "
         "attention's averaging; rows are cut to norm 1 (the paper may use a penalty), embedding and head too; the "
@@ -140,10 +139,12 @@ class AnGPT(Strategy):
     def constraint(self, role: Role, layer: int, shape: Shape) -> Constraint:
         return Constraint(axis=-1, kind="bound" if self.bound == "hard" else "penalty")
 
-    def refuses(self, options: OptionsConfig) -> str | None:
+    def refuses(self, options: OptionsConfig) -> dict[str, str]:
         if options.scale_mode in ("forward", "both"):
-            return "its residual moves towards branches of norm 1, and a depth factor would make them shorter"
-        return None
+            return {
+                "scale_mode": "its residual moves towards branches of norm 1, and a depth factor would make them shorter"
+            }
+        return {}
 
 
 def _nu(role: Role, shape: Shape) -> float:

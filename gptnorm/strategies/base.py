@@ -45,9 +45,7 @@ class Card:
     folds: str
     """What can be merged into a weight at inference."""
     claims: str
-    """What its paper reports."""
-    measured: str
-    """What we measured, and where it stands."""
+    """What its paper reports; what we measured stands in `gptnorm.strategies.measured`."""
     ours: str
     """What is a choice or an extrapolation of ours, not the paper's."""
 
@@ -202,9 +200,9 @@ class Strategy(ABC):
         """What the weight is projected onto at initialisation and after every step."""
         return None
 
-    def refuses(self, options: OptionsConfig) -> str | None:
-        """Why this strategy cannot take such options, where that does not follow from its answers."""
-        return None
+    def refuses(self, options: OptionsConfig) -> dict[str, str]:
+        """Options that make no sense here, each with the reason, where that does not follow from the answers."""
+        return {}
 
     def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
         """How a parameter is optimised; `role` is None for gains and learned scales."""

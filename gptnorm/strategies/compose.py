@@ -18,7 +18,7 @@ published: the factor is that of GPT-2, the forward form our reading.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,7 @@ from gptnorm.strategies.base import (
     State,
     Strategy,
 )
+from gptnorm.typed import read_table
 
 
 class Wrapper(Strategy):
@@ -90,7 +91,7 @@ class Wrapper(Strategy):
     def constraint(self, role: Role, layer: int, shape: Shape) -> Constraint | None:
         return self.inner.constraint(role, layer, shape)
 
-    def refuses(self, options: OptionsConfig) -> str | None:
+    def refuses(self, options: OptionsConfig) -> dict[str, str]:
         return self.inner.refuses(options)
 
     def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
@@ -173,14 +174,42 @@ def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:
             found["scale_mode"] = "its branches' outputs are normed: smaller weights would not change the forward pass"
         elif traits.own_depth:
             found["scale_mode"] = "its initialisation has a depth factor of its own"
+    if options.scale_mode == "none" and traits.own_depth and not traits.constrained:
+        found["scale_mode"] = "its initialisation has a depth factor of its own, which would stay"
     if options.scale_mode in ("forward", "both") and traits.wiring_norms:
         found.setdefault("scale_mode", "a norm follows each branch, which would undo the factor")
-    reason = strategy.refuses(options)
-    if reason:
-        default = OptionsConfig()
-        key = next(f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name))
+    for key, reason in strategy.refuses(options).items():
         found.setdefault(key, reason)
     return found
+
+
+OFFERED: dict[str, dict[str, Any]] = {
+    "qk_norm": {"qk_norm": "head"},
+    "v_norm": {"v_norm": "head"},
+    "attention_softcap": {"attention_softcap": 50.0},
+    "logit_softcap": {"logit_softcap": 30.0},
+    "z_loss": {"z_loss": 1e-4},
+    "qk_clip": {"qk_clip": 100.0},
+    "scale_mode=init": {"scale_mode": "init"},
+    "scale_mode=forward": {"scale_mode": "forward"},
+}
+"""What can be set on top of a strategy's presets, one at a time."""
+
+
+def offers(strategy: Strategy) -> dict[str, str | None]:
+    """For each of `OFFERED`, why the strategy refuses it, or None if it takes it."""
+    presets = preset_options(strategy)
+    return {
+        name: next(iter(refusals(strategy, replace(presets, **change)).values()), None)
+        for name, change in OFFERED.items()
+    }
+
+
+def preset_options(strategy: Strategy) -> OptionsConfig:
+    """The `options.…` among a strategy's recipe defaults."""
+    defaults = {key.partition(".")[::2]: value for key, value in strategy.recipe_defaults.items()}
+    table = {key: value for (table, key), value in defaults.items() if table == "options"}
+    return read_table(OptionsConfig, table, key="options")
 
 
 _PROBE = Shape(

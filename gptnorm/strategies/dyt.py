@@ -36,9 +36,8 @@ class DyT(Strategy):
         rope="no query/key norm unless qk_norm is set, then before RoPE, of the backbone's own kind",
         folds="every γ into the matrices that read it (the final one only into an untied head), s into the embedding "
         "(untied, without learned positions)",
-        claims="as good as norms, mostly without tuning (abstract); at 64M parameters others found its loss 27 % better "
-        "after 1M tokens and 18.8 % worse after 118M (arXiv 2604.23434)",
-        measured="not measured yet; see docs/results",
+        claims="as good as norms, mostly without tuning (abstract); at 64M parameters others found its loss 27 % lower "
+        "after 1M tokens and 18.8 % higher after 118M (arXiv 2604.23434)",
         ours="α starts at the general 0.5; the Llama code takes 0.8 (attention), 0.2 and 0.2 at 7B. An untied "
         "embedding is drawn with std 1/√d, so that s times it has RMS 1; the rest as the backbone's authors have it",
     )

@@ -34,7 +34,6 @@ class Keel(Normed):
         folds="the gains of the branches' inputs into the matrices that read them; those of the stream stay",
         claims="trains from 64 to over 1000 layers at larger rates than PreNorm and with better perplexity, without an "
         "initialisation of its own",
-        measured="not measured yet; see docs/results",
         ours="that α counts sub-layers is a summary's reading; another implementation counts blocks (alpha_count). No "
         "final norm, all sub-layers alike and the backbone's published initialisation are ours",
     )

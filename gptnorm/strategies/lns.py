@@ -35,7 +35,6 @@ class LNS(PreNorm):
         "untied head",
         claims="better pre-training than PreNorm from 130M to 7B, and deep blocks that matter; a depth factor in the "
         "initialisation takes some of that away (abstract)",
-        measured="not measured yet; see docs/results",
         ours="every depth factor of the backbone's initialisation is taken out (options.scale_mode = none), that of "
         "Llama's up included",
     )

@@ -34,7 +34,6 @@ class MixLN(PreNorm):
         folds="in the PreNorm blocks as PreNorm's, in the others nothing",
         claims="better than PreNorm and PostNorm from 70M to 7B, with gradients more even over the depth; a about 0.25 "
         "at 250M, 0.06 at 7B (as third-party notes report)",
-        measured="not measured yet; see docs/results",
         ours="the backbone's published initialisation is kept in every block, as its code draws both kinds alike "
         "(without depth factors: options.scale_mode=none)",
     )

@@ -43,11 +43,9 @@ class NGPT(Strategy):
         rope="RoPE first, then the norm of q and k per head",
         folds="s_u, s_v, s_z and √d into their matrices; the norms stay",
         claims="4-20 times fewer tokens to the same loss than GPT; independent runs found 1.5-4 times",
-        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.667 at 3e-2, the last of six",
         ours="with grouped queries the heads of a group share s_qk; learned positions are unit rows that are "
-        "added and normed once; an ungated feed-forward has √d and s_u before its activation; experts have s_u, s_v and "
-        "unit weights of their own, N follows their weighted sum, and the router (unit rows) has √d on its logits",
+        "added and normed once; an ungated feed-forward has √d and s_u before its activation; experts have s_u, s_v "
+        "and unit weights of their own, N follows their weighted sum, and the router (unit rows) has √d on its logits",
     )
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"optim.warmup": 0, "optim.weight_decay": 0, "optim.floor": 0}
 

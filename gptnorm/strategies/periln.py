@@ -34,10 +34,9 @@ class PeriLN(Normed):
         norms="four per block, one on the embedding, one at the end, over the stream's d features, eps 1e-5",
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="the gains of the branches' inputs into the matrices that read them, the final one into an untied head, "
-        "the embedding's norm into its table (not with learned positions)",
+        "the embedding's norm into its table (untied, without learned positions)",
         claims="400M: loss 3.34 against 3.43 for PreNorm, five-task average 51.57 against 49.69, no overflow in fp16; "
         "up to 2.8 points over 400M-3.2B (as a third-party review reports)",
-        measured="not measured yet; see docs/results",
         ours="the backbone's published initialisation is kept: the size of W_o and W_down changes Adam's relative "
         "step, not the forward pass; learned positions are added before the embedding's norm",
     )

@@ -30,8 +30,6 @@ class PostNorm(Normed):
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="nothing: the gain also scales the skip",
         claims="needs a learning-rate warm-up (Xiong et al. 2020)",
-        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.480 at 1e-2; collapsed at ten times that (3.002)",
         ours="the backbone's published initialisation is kept; the original used its own",
     )
 

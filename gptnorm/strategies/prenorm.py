@@ -32,8 +32,6 @@ class PreNorm(Normed):
         folds="every gain into the matrices that read the normed stream; the final one only into an untied head",
         claims="trains without the long warm-up that PostNorm needs; 7B with rate 1e-3 fails in the "
         "SimpleGPT paper (training loss 4.115 at 20K steps), 3e-4 works",
-        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.517 at 1e-2; 0.32 worse at ten times that",
         ours="nothing",
     )
 

@@ -34,8 +34,6 @@ class PreNormQKNorm(PreNorm):
         rope="query/key norm, then split into heads, then RoPE",
         folds="as PreNorm's; without RoPE the gains of q and k merge into one vector, never into W_q or W_k",
         claims="survives 7B at rate 1e-3 with visible loss spikes: 2.393 at 20K steps, 2.290 at 60K (training loss)",
-        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.524 at 1e-2; 0.06 worse at ten times that, the least of six",
         ours="the form that the paper used with GPT-2 is unknown; full width is used there too",
     )
 

@@ -33,7 +33,6 @@ class QKVNorm(PreNorm):
         rope="query/key norm, then RoPE",
         folds="as PreNorm's, and the gain of v into W_o; those of q and k stay (RoPE)",
         claims="none of its own: HybridNorm without its PostNorm half, to tell the two apart",
-        measured="not measured yet; see docs/results",
         ours="the combination; the backbone's published initialisation is kept",
     )
 

@@ -10,7 +10,7 @@ from gptnorm.errors import bad_value
 from gptnorm.strategies.angpt import AnGPT
 from gptnorm.strategies.b2t import B2T
 from gptnorm.strategies.base import Strategy
-from gptnorm.strategies.compose import compose
+from gptnorm.strategies.compose import compose, preset_options
 from gptnorm.strategies.deepnorm import DeepNorm
 from gptnorm.strategies.dyt import DyT
 from gptnorm.strategies.hybridnorm import HybridNorm
@@ -75,10 +75,3 @@ def make_strategy(name: str, table: Mapping[str, Scalar], options: OptionsConfig
     """
     strategy = read_table(find_strategy(name), dict(table), key="strategy")
     return compose(strategy, preset_options(strategy) if options is None else options)
-
-
-def preset_options(strategy: Strategy) -> OptionsConfig:
-    """The `options.…` among a strategy's recipe defaults."""
-    defaults = {key.partition(".")[::2]: value for key, value in strategy.recipe_defaults.items()}
-    table = {key: value for (table, key), value in defaults.items() if table == "options"}
-    return read_table(OptionsConfig, table, key="options")

@@ -31,8 +31,6 @@ class ResidualDual(Normed):
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="nothing",
         claims="avoids PostNorm's vanishing gradients and PreNorm's collapse of representations",
-        measured="laptop screen (d 64, 4 blocks, 400 steps, one seed; docs/results/quickstart.md): "
-        "validation loss 1.438 at 1e-2, the first of six; 0.63 worse at three times that",
         ours="the published code also scales r by a constant against overflow in fp16; left out",
     )
 

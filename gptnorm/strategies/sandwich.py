@@ -35,7 +35,6 @@ class Sandwich(PreNorm):
         folds="the gains of the branches' inputs into the matrices that read them, the final one into an untied head; "
         "those of the outputs stay with their norms",
         claims="keeps values small enough for training in fp16 (CogView; recalled, not checked)",
-        measured="not measured yet; see docs/results",
         ours="CogView's equation is recalled, Gemma 2's checked against `transformers`; the backbone's published "
         "initialisation is kept: the size of W_o and W_down changes Adam's relative step, not the forward pass",
     )

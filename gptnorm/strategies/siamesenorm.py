@@ -13,8 +13,9 @@ Two wirings of X (`strategy.x_stream`), l counting blocks from 0:
                            o = F(N_in(X + N(Y)));          X ← N(X + o/c);  Y ← Y + o
         and the head reads X_L + N(Y_L)
 
-c = √(2(l+1)) in the code, √(l+1) in the equation, which agree if the equation's l counts branches.
-The initialisation is Megatron's: W_o and W_down are drawn (2L)^(-1/2) times as large.
+c = √(2(l+1)) in the code, √(l+1) in the equation: the same to within one branch if the equation's l
+counts branches. The initialisation is Megatron's: W_o and W_down are drawn (2L)^(-1/2) times as large
+(`options.scale_mode` is preset to "init").
 
 Source: Li et al. 2026 (arXiv 2602.08064) and its published code.
 """
@@ -48,7 +49,6 @@ class SiameseNorm(Normed):
         "into an untied head; the others stay",
         claims="1.3B, 100B tokens: perplexity 10.57 against 11.21 for PreNorm at rate 4e-4, 10.43 against 10.84 at "
         "1e-3, 10.48 against 10.89 at 2e-3; 0.5 % slower",
-        measured="not measured yet; see docs/results",
         ours="the published code is the default, the equation an option. Of its initialisation the depth factor is "
         "taken, its std is not: init.std stays the recipe's",
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptnorm.config import ModelConfig
 from gptnorm.model import GPT
 from gptnorm.model.backbones import make_shape
-from gptnorm.model.presets import preset_sizes
+from gptnorm.model.presets import preset_settings
 from gptnorm.shape import Shape
 from gptnorm.strategies import make_strategy
 
@@ -34,7 +34,7 @@ def mean_square(y: Tensor) -> float:
 @pytest.mark.parametrize(("size", "expected"), [("1B", 3.01), ("7B", 2.97), ("8B", 3.45)])
 def test_activation_factor_at_published_shapes(size: str, expected: float) -> None:
     backbone = "llama3" if size == "8B" else "llama2"
-    shape = make_shape(ModelConfig(backbone=backbone, **preset_sizes(backbone, size)), vocab=1, context=1)
+    shape = make_shape(ModelConfig(backbone=backbone, **preset_settings(backbone, size)["model"]), vocab=1, context=1)
     assert make_strategy("angpt", {}).feedforward(0, shape).post_activation == pytest.approx(expected, abs=0.005)
 
 

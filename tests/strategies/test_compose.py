@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from gptnorm.config import BackboneName, OptionsConfig
 from gptnorm.errors import UserError
 from gptnorm.model import GPT
 from gptnorm.strategies import STRATEGIES, find_strategy, make_strategy
+from gptnorm.strategies.catalogue import options_markdown
 from gptnorm.strategies.compose import refusals
 
 
@@ -267,3 +269,8 @@ def test_every_other_strategy_takes_every_cap() -> None:
         loss = model.objective(tokens()).total
         loss.backward()
         assert F.relu(loss).isfinite()
+
+
+def test_the_table_in_the_docs_is_the_computed_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- allowed -->\n")[2].partition("<!-- /allowed -->")[0] == options_markdown()

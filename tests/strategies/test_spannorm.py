@@ -102,12 +102,14 @@ def test_variants_as_their_equations(variant: str, own: dict[str, Any]) -> None:
             return getattr(own, name).gain * z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
         a, f = outputs["attn"][n], factor * outputs["ffn"][n]
-        y, out = {
-            "A": lambda: (norm(alpha * x[n] + a, "n1"), norm(alpha * x[n] + f, "n2")),
-            "A1": lambda: (alpha * x[n] + a, norm(alpha * x[n] + f, "n2")),
-            "C": lambda: (norm(alpha * x[n] + a, "n1"), norm(alpha * x[n] + a + f, "n2")),
-            "D": lambda: (norm(a, "n1"), norm(alpha * x[n] + f, "n2")),
-        }[variant]()
+        if variant == "A":
+            y, out = norm(alpha * x[n] + a, "n1"), norm(alpha * x[n] + f, "n2")
+        elif variant == "A1":
+            y, out = alpha * x[n] + a, norm(alpha * x[n] + f, "n2")
+        elif variant == "C":
+            y, out = norm(alpha * x[n] + a, "n1"), norm(alpha * x[n] + a + f, "n2")
+        else:
+            y, out = norm(a, "n1"), norm(alpha * x[n] + f, "n2")
         first = n == 0 and own.get("first_attention_norm", True)
         torch.testing.assert_close(inputs["attn"][n], norm(x[n], "n0") if first else x[n])
         torch.testing.assert_close(inputs["ffn"][n], y)
