@@ -1,14 +1,15 @@
 """A grid study: every strategy at every learning rate with every seed, on the same data in the same order.
 
+A ladder is such a grid at each of several depths or widths.
+
 The study folder holds `study.json` (what was asked and where it ran), `cells.jsonl` (one line per
-finished cell) and `cells/<strategy>/lr-<rate>-seed-<n>/`, a full run folder each.
+finished cell) and `cells/<strategy>/[<rung>/]lr-<rate>-seed-<n>/`, a full run folder each.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shlex
 import time
@@ -16,20 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as typed
 from rich.console import Console
 
-from gptnorm.config import STRICT, Config, Count, PositiveFloat
+from gptnorm.config import STRICT, Config, Count, Positive, PositiveFloat, WidthRuleName
 from gptnorm.data import Shards, prepare
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
-from gptnorm.recipe import Recipe, load_recipe, parse_overrides, to_tree
+from gptnorm.model import build_gpt
+from gptnorm.recipe import Recipe, load_recipe, parse_overrides
+from gptnorm.study.facts import describe_study
+from gptnorm.study.ladder import FEWEST, SETS, Axis, Rung, depth_rungs, width_rungs
 from gptnorm.study.pool import run_cells
-from gptnorm.tables import flatten
-from gptnorm.train.loop import check_vocab, open_batches, refuse_unknown_ids, resolve_device
+from gptnorm.train.loop import check_vocab, open_batches, resolve_device
 from gptnorm.typed import read_table
 
 
@@ -47,6 +49,21 @@ class StudyConfig:
     """Each draws the weights and the order of the data, the same for every strategy and rate."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that run cells; 0: one per core."""
+    depths: tuple[Positive, ...] = ()
+    """Numbers of blocks: the rungs of `gptnorm study depth`."""
+    widths: tuple[Positive, ...] = ()
+    """Values of model.d_model: the rungs of `gptnorm study width`."""
+    rules: tuple[WidthRuleName, ...] = ()
+    """Values of optim.width_rule, each at every width. Left out: the recipe's own."""
+
+    def sizes(self, axis: Axis) -> tuple[int, ...]:
+        """The rungs of that ladder."""
+        return self.depths if axis == "depth" else self.widths
+
+    @property
+    def axis(self) -> Axis | None:
+        """Which ladder the study climbs, if any."""
+        return "depth" if self.depths else "width" if self.widths else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +74,47 @@ class Cell:
     lr: float
     seed: int
     config: Config
+    rung: Rung | None = None
+    """Its place on a ladder."""
 
     @property
     def folder(self) -> str:
         """Relative to the study folder."""
-        return f"cells/{self.strategy}/lr-{self.lr!r}-seed-{self.seed}"
+        rung = f"{self.rung.label}/" if self.rung else ""
+        return f"cells/{self.strategy}/{rung}lr-{self.lr!r}-seed-{self.seed}"
 
 
-def run_study(name: str, overrides: tuple[str, ...], folder: Path, console: Console) -> Path:
+def run_study(
+    name: str,
+    overrides: tuple[str, ...],
+    folder: Path,
+    console: Console,
+    *,
+    ladder: Axis | None = None,
+    command: tuple[str, ...] | None = None,
+) -> Path:
     """Runs the study of a recipe into `folder`; an earlier study there is moved aside, never overwritten.
 
     Args:
         name: the recipe, with a `[study]` table.
         overrides: `key=value` arguments; `study.…` sets the grid, the rest holds for every cell.
+        ladder: what changes from rung to rung; None: a single grid.
+        command: the words after `gptnorm` that ask for this study, for its record; None: "study" and its kind.
 
     Raises:
         UserError: anything wrong with recipe or settings, before anything is written.
     """
     recipe = load_recipe(name)
-    study = read_study(recipe, overrides)
+    study = read_study(recipe, overrides, ladder)
     cells = make_cells(recipe, study, overrides)
     with console.status("preparing the text …"):
         shards = prepare(cells[0].config.data)
-    for cell in cells:
-        open_batches(cell.config, shards)
+    _check(cells, shards)
     device = resolve_device(cells[0].config.train.device)
     workers = study.workers or (1 if device.type == "cuda" else _cores())
-    facts = _describe(recipe, study, cells, shards, overrides, describe_environment(device))
+    words = ("study", ladder or "grid") if command is None else command
+    line = shlex.join(["gptnorm", *words, name, *overrides])
+    facts = describe_study(recipe, study, cells, shards, line, describe_environment(device))
 
     try:
         _move_aside(folder)
@@ -93,18 +124,20 @@ def run_study(name: str, overrides: tuple[str, ...], folder: Path, console: Cons
     write_atomic(folder / "study.json", json.dumps(facts, indent=2) + "\n")
     started = time.monotonic()
     with (folder / "cells.jsonl").open("a", encoding="utf-8") as ledger:
-        for cell, result in run_cells(cells, shards.folder, folder, min(workers, len(cells)), console):
-            line = {"strategy": cell.strategy, "lr": cell.lr, "seed": cell.seed, "run": cell.folder}
-            line |= {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
-            ledger.write(json.dumps(line) + "\n")
+        for cell, (result, signal) in run_cells(cells, shards.folder, folder, min(workers, len(cells)), console):
+            record: dict[str, Any] = {"strategy": cell.strategy, "lr": cell.lr, "seed": cell.seed, "run": cell.folder}
+            record |= {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
+            if cell.rung:
+                record |= {"size": cell.rung.size, "rule": cell.rung.rule, "signal": signal}
+            ledger.write(json.dumps(record) + "\n")
             ledger.flush()
     facts["seconds"] = round(time.monotonic() - started, 1)
     write_atomic(folder / "study.json", json.dumps(facts, indent=2) + "\n")
     return folder
 
 
-def read_study(recipe: Recipe, overrides: tuple[str, ...]) -> StudyConfig:
-    """The `[study]` table with `study.…` arguments over it."""
+def read_study(recipe: Recipe, overrides: tuple[str, ...], ladder: Axis | None = None) -> StudyConfig:
+    """The `[study]` table with `study.…` arguments over it; UserError if it is not that of such a ladder."""
     table = dict(recipe.study)
     extra = parse_overrides(overrides).get("study", {})
     if not isinstance(extra, dict):
@@ -113,102 +146,81 @@ def read_study(recipe: Recipe, overrides: tuple[str, ...]) -> StudyConfig:
     if not table:
         raise UserError(f"recipe {recipe.name!r}: has no [study] table")
     study = read_table(StudyConfig, table, key="study")
-    for key in ("strategies", "lrs", "seeds"):
+    for key in ("strategies", "lrs", "seeds", "depths", "widths", "rules"):
         values = getattr(study, key)
         if len(set(values)) != len(values):
             raise bad_value(f"study.{key}", list(values), "must not repeat an entry")
+    for axis, fewest in FEWEST.items():
+        key, sizes = f"study.{axis}s", study.sizes(axis)
+        if sizes and axis != ladder:
+            here = f"'gptnorm study {ladder}'" if ladder else "this command"
+            raise bad_value(key, list(sizes), f"must be left out: {here} climbs no {axis}s")
+        if axis == ladder and len(sizes) < fewest:
+            raise bad_value(key, list(sizes), f"needs {fewest} {axis}s or more")
+    if study.rules and ladder != "width":
+        raise bad_value("study.rules", list(study.rules), "only 'gptnorm study width' takes it")
     return study
 
 
 def make_cells(recipe: Recipe, study: StudyConfig, overrides: tuple[str, ...]) -> list[Cell]:
     """Every cell with its resolved settings; seeds outermost, so that a study cut short is still a grid."""
     shared = [o for o in overrides if not o.startswith("study.")]
-    for key in ("model.strategy", "optim.lr", "seed", "run.dir"):
-        if any(o.partition("=")[0] == key for o in shared):
-            raise UserError(f"{key}: the study sets it itself; see study.strategies, study.lrs and study.seeds")
+    given = {o.partition("=")[0] for o in shared}
+    for key, hint in _set_by(study).items():
+        if key in given:
+            raise UserError(f"{key}: the study sets it itself{hint}")
+    rungs = {strategy: _rungs(recipe, study, shared, strategy) for strategy in study.strategies}
+    count = len(rungs[study.strategies[0]])
     return [
         Cell(
             strategy=strategy,
             lr=lr,
             seed=seed,
-            config=recipe.resolve([*shared, f"optim.lr={lr!r}", f"seed={seed}"], strategy=strategy),
+            config=recipe.resolve(
+                [*shared, *(rung.overrides if rung else ()), f"optim.lr={lr!r}", f"seed={seed}"], strategy=strategy
+            ),
+            rung=rung,
         )
-        for seed, lr, strategy in itertools.product(study.seeds, sorted(study.lrs), study.strategies)
+        for seed, index, lr, strategy in itertools.product(
+            study.seeds, range(count), sorted(study.lrs), study.strategies
+        )
+        for rung in [rungs[strategy][index]]
     ]
 
 
-def unigram_entropy(train: np.ndarray, val: np.ndarray, vocab: int) -> float:
-    """Loss in nats per token on `val` of the best model that knows token frequencies alone.
+def _set_by(study: StudyConfig) -> dict[str, str]:
+    """The settings that no argument may set, each with where to look instead."""
+    keys = {"model.strategy": "strategies", "optim.lr": "lrs", "seed": "seeds"}
+    if study.axis:
+        keys[SETS[study.axis][0]] = f"{study.axis}s"
+    if study.rules:
+        keys["optim.width_rule"] = "rules"
+    return {"run.dir": "", **{key: f"; see study.{name}" for key, name in keys.items()}}
 
-    Frequencies are counted on `train` with one added to each, so that no token has none.
-    """
-    counts = _count(train, vocab) + 1.0
-    share = _count(val, vocab) / len(val)
-    return float(-(share * np.log(counts / counts.sum())).sum())
+
+def _rungs(recipe: Recipe, study: StudyConfig, shared: list[str], strategy: str) -> list[Rung] | list[None]:
+    """The strategy's ladder, smallest first: what it costs to wait for grows as the study goes on."""
+    if study.axis is None:
+        return [None]
+    if study.axis == "depth":
+        return depth_rungs(study.depths)
+    return width_rungs(study.widths, study.rules, recipe.resolve(shared, strategy=strategy))
 
 
-def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
-    """How often each id occurs; in parts, since bincount makes eight bytes of every token."""
-    counts = np.zeros(vocab, np.int64)
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        refuse_unknown_ids(part, vocab)
-        counts += np.bincount(part, minlength=vocab)
-    return counts
+def _check(cells: list[Cell], shards: Shards) -> None:
+    """Finds what else can be wrong with the input: the text, the vocabulary, what a strategy or rule refuses."""
+    built = set()
+    for cell in cells:
+        open_batches(cell.config, shards)
+        kind = (cell.strategy, cell.rung.label if cell.rung else "")
+        if kind not in built:
+            built.add(kind)
+            build_gpt(cell.config, vocab=check_vocab(cell.config, shards), device="meta")
 
 
 def _cores() -> int:
     """Cores that this process may use, where the system tells (Linux), else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def split_settings(cells: list[Cell]) -> dict[str, Any]:
-    """The settings that all strategies share, and those that differ, with each strategy's value."""
-    flat: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        settings = flatten(to_tree(cell.config))
-        for varied in ("model.strategy", "optim.lr", "seed", "run.dir"):
-            settings.pop(varied)
-        flat.setdefault(cell.strategy, settings)
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
-    values = {key: {strategy: settings.get(key) for strategy, settings in flat.items()} for key in keys}
-    same = {key for key, by in values.items() if all(v == next(iter(by.values())) for v in by.values())}
-    return {
-        "shared": {key: next(iter(values[key].values())) for key in keys if key in same},
-        "differing": {key: values[key] for key in keys if key not in same},
-    }
-
-
-def _describe(
-    recipe: Recipe,
-    study: StudyConfig,
-    cells: list[Cell],
-    shards: Shards,
-    overrides: tuple[str, ...],
-    environment: dict[str, Any],
-) -> dict[str, Any]:
-    data = cells[0].config.data
-    vocab = shards.vocab_size or check_vocab(cells[0].config, shards)
-    entropy = unigram_entropy(shards.train, shards.val, vocab)
-    return {
-        "title": study.title,
-        "recipe": recipe.name,
-        "command": shlex.join(["gptnorm", recipe.name, *overrides]),
-        "strategies": list(study.strategies),
-        "lrs": sorted(study.lrs),
-        "seeds": list(study.seeds),
-        "data": {
-            "path": data.path if isinstance(data.path, str) else list(data.path),
-            "tokenizer": data.tokenizer,
-            "fingerprint": shards.fingerprint,
-            "train_tokens": len(shards.train),
-            "val_tokens": len(shards.val),
-        },
-        "settings": split_settings(cells),
-        "environment": environment,
-        "unigram_entropy": entropy if math.isfinite(entropy) else None,
-        "seconds": None,
-    }
 
 
 def _move_aside(folder: Path) -> None:

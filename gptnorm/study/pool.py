@@ -21,7 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 if TYPE_CHECKING:
     from gptnorm.config import Config
     from gptnorm.study.grid import Cell
+    from gptnorm.study.signal import Signal
     from gptnorm.train.loop import Result
+
+    Outcome = tuple[Result, dict[str, Signal | None] | None]
+    """How a cell ended, and in a ladder its signal propagation."""
 
 REPORT_EVERY = 0.3
 """Seconds between a worker's words about its progress."""
@@ -52,8 +56,8 @@ class _Reporter:
 
 def run_cells(
     cells: list[Cell], shards: Path, folder: Path, workers: int, console: Console
-) -> Iterator[tuple[Cell, Result]]:
-    """Runs the cells in `workers` processes and yields each with its result as it ends.
+) -> Iterator[tuple[Cell, Outcome]]:
+    """Runs the cells in `workers` processes and yields each with its outcome as it ends.
 
     A failing cell ends the study with its exception; cells that have ended are kept.
     """
@@ -65,17 +69,18 @@ def run_cells(
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,)) as pool,
     ):
         futures = {
-            pool.submit(_run_cell, cell.config, shards, folder / cell.folder, cell.folder): cell for cell in cells
+            pool.submit(_run_cell, cell.config, shards, folder / cell.folder, cell.folder, cell.rung is not None): cell
+            for cell in cells
         }
-        waiting: set[Future[Result]] = set(futures)
+        waiting: set[Future[Outcome]] = set(futures)
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=REPORT_EVERY, return_when=FIRST_COMPLETED)
                 display.running(_drain(queue))
                 for future in done:
-                    result = future.result()
-                    display.finished(futures[future], result)
-                    yield futures[future], result
+                    outcome = future.result()
+                    display.finished(futures[future], outcome[0])
+                    yield futures[future], outcome
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -101,11 +106,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_cell(config: Config, shards: Path, folder: Path, name: str) -> Result:
+def _run_cell(config: Config, shards: Path, folder: Path, name: str, signal: bool) -> Outcome:
     from gptnorm.data import Shards
+    from gptnorm.study.signal import run_with_signal
     from gptnorm.train.loop import start_run
 
-    return start_run(config, Shards.open(shards), folder, _Reporter(name))
+    if signal:
+        return run_with_signal(config, Shards.open(shards), folder, _Reporter(name))
+    return start_run(config, Shards.open(shards), folder, _Reporter(name)), None
 
 
 def _drain(queue: Any) -> dict[str, tuple[int, float]]:
@@ -125,6 +133,11 @@ class _Display:
     def __init__(self, cells: list[Cell], console: Console) -> None:
         self._console = console
         self._steps = {cell.folder: cell.config.train.steps for cell in cells}
+        # A step costs about as much more as the model is deeper or wider: good enough for the time left.
+        self._weights = {cell.folder: cell.rung.size if cell.rung else 1 for cell in cells}
+        self._short = {
+            cell.folder: cell.rung.label if cell.rung else cell.folder.removeprefix("cells/") for cell in cells
+        }
         self._reached: dict[str, int] = {}
         self._now: dict[str, str] = {}
         self._ended = 0
@@ -140,7 +153,7 @@ class _Display:
 
     def __enter__(self) -> _Display:
         if self._console.is_terminal:
-            self._task = self._progress.add_task("", total=sum(self._steps.values()), cells=self._count(), now="")
+            self._task = self._progress.add_task("", total=self._weigh(self._steps), cells=self._count(), now="")
             self._progress.start()
         return self
 
@@ -151,8 +164,8 @@ class _Display:
         """Moves the bar to what the workers last said."""
         self._reached |= {name: step for name, (step, _) in latest.items()}
         if self._console.is_terminal:
-            self._now |= {name: f"{name.removeprefix('cells/')} {loss:.2f}" for name, (_, loss) in latest.items()}
-            done, now = sum(self._reached.values()), ", ".join(self._now.values())
+            self._now |= {name: f"{self._short[name]} {loss:.2f}" for name, (_, loss) in latest.items()}
+            done, now = self._weigh(self._reached), ", ".join(self._now.values())
             self._progress.update(self._task, completed=done, cells=self._count(), now=now)
 
     def finished(self, cell: Cell, result: Result) -> None:
@@ -161,8 +174,13 @@ class _Display:
         self._now.pop(cell.folder, None)
         self._reached[cell.folder] = self._steps[cell.folder]
         ended = f"{result.val_loss:.4f}" if result.val_loss is not None else f"diverged at step {result.step}"
-        line = f"{self._count()}  {cell.strategy}  lr {cell.lr:g}  seed {cell.seed}  {ended}  ({result.seconds:.0f} s)"
+        rung = f"  {cell.rung.label}" if cell.rung else ""
+        where = f"{cell.strategy}{rung}  lr {cell.lr:g}  seed {cell.seed}"
+        line = f"{self._count()}  {where}  {ended}  ({result.seconds:.0f} s)"
         self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def _weigh(self, steps: dict[str, int]) -> int:
+        return sum(self._weights[name] * count for name, count in steps.items())
 
     def _count(self) -> str:
         return f"{self._ended}/{len(self._steps)} runs"

@@ -10,7 +10,8 @@ from rich.console import Console
 from gptnorm.data import Sampler, prepare
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
-from gptnorm.study.grid import StudyConfig, make_cells, read_study, run_study, split_settings, unigram_entropy
+from gptnorm.study.facts import split_settings, unigram_entropy
+from gptnorm.study.grid import StudyConfig, make_cells, read_study, run_study
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 

@@ -1,0 +1,100 @@
+"""What is written down about a study beside its outcomes: `study.json`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptnorm.data import Shards
+from gptnorm.recipe import Recipe, to_tree
+from gptnorm.study.ladder import SETS
+from gptnorm.tables import flatten
+from gptnorm.train.loop import check_vocab, refuse_unknown_ids
+
+if TYPE_CHECKING:
+    from gptnorm.study.grid import Cell, StudyConfig
+
+
+def unigram_entropy(train: np.ndarray, val: np.ndarray, vocab: int) -> float:
+    """Loss in nats per token on `val` of the best model that knows token frequencies alone.
+
+    Frequencies are counted on `train` with one added to each, so that no token has none.
+    """
+    counts = _count(train, vocab) + 1.0
+    share = _count(val, vocab) / len(val)
+    return float(-(share * np.log(counts / counts.sum())).sum())
+
+
+def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
+    """How often each id occurs; in parts, since bincount makes eight bytes of every token."""
+    counts = np.zeros(vocab, np.int64)
+    for start in range(0, len(tokens), 1 << 24):
+        part = tokens[start : start + (1 << 24)]
+        refuse_unknown_ids(part, vocab)
+        counts += np.bincount(part, minlength=vocab)
+    return counts
+
+
+def split_settings(cells: list[Cell]) -> dict[str, Any]:
+    """The settings that all strategies share, and those that differ, with each strategy's value."""
+    flat: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        settings = flatten(to_tree(cell.config))
+        rung = SETS[cell.rung.axis] if cell.rung else ()
+        for varied in ("model.strategy", "optim.lr", "seed", "run.dir", *rung):
+            settings.pop(varied)
+        flat.setdefault(cell.strategy, settings)
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    values = {key: {strategy: settings.get(key) for strategy, settings in flat.items()} for key in keys}
+    same = {key for key, by in values.items() if all(v == next(iter(by.values())) for v in by.values())}
+    return {
+        "shared": {key: next(iter(values[key].values())) for key in keys if key in same},
+        "differing": {key: values[key] for key in keys if key not in same},
+    }
+
+
+def describe_study(
+    recipe: Recipe,
+    study: StudyConfig,
+    cells: list[Cell],
+    shards: Shards,
+    command: str,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """What `study.json` holds before the first cell has ended."""
+    data = cells[0].config.data
+    vocab = shards.vocab_size or check_vocab(cells[0].config, shards)
+    entropy = unigram_entropy(shards.train, shards.val, vocab)
+    return {
+        "title": study.title,
+        "recipe": recipe.name,
+        "command": command,
+        "strategies": list(study.strategies),
+        "lrs": sorted(study.lrs),
+        "seeds": list(study.seeds),
+        **({"ladder": _describe_ladder(study, cells)} if study.axis else {}),
+        "data": {
+            "path": data.path if isinstance(data.path, str) else list(data.path),
+            "tokenizer": data.tokenizer,
+            "fingerprint": shards.fingerprint,
+            "train_tokens": len(shards.train),
+            "val_tokens": len(shards.val),
+        },
+        "settings": split_settings(cells),
+        "environment": environment,
+        "unigram_entropy": entropy if math.isfinite(entropy) else None,
+        "seconds": None,
+    }
+
+
+def _describe_ladder(study: StudyConfig, cells: list[Cell]) -> dict[str, Any]:
+    assert study.axis is not None
+    rungs = [cell.rung for cell in cells if cell.rung is not None]
+    return {
+        "axis": study.axis,
+        "sizes": sorted(study.sizes(study.axis)),
+        "rules": list(dict.fromkeys(rung.rule for rung in rungs if rung.rule)),
+        "settings": {rung.label: dict(rung.settings) for rung in rungs},
+    }
