@@ -8,17 +8,52 @@ from rich.console import Console
 from rich.table import Table
 
 from gptnorm.reference import settings_table
+from gptnorm.strategies.compose import OFFERED, offers
+from gptnorm.strategies.measured import measurements
 from gptnorm.strategies.registry import STRATEGIES, find_strategy
 
 
 def show_all(console: Console) -> None:
     """One line a strategy."""
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "title", "equation"):
-        table.add_column(column, no_wrap=column == "name", style="bold" if column == "name" else "")
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("title")
+    table.add_column("equation")
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("at rate", justify="right", no_wrap=True)
+    found = measurements()
     for name, strategy in STRATEGIES.items():
-        table.add_row(name, strategy.card.title, strategy.card.equation)
+        loss = f"{found[name].mean:.3f} ± {found[name].sd:.3f}" if name in found else "–"
+        rate = f"{found[name].lr:g}" if name in found else ""
+        table.add_row(name, strategy.card.title, strategy.card.equation, loss, rate)
+    table.caption = (
+        "loss: validation, nats per token, ± seed sd, of the laptop recipe (d 64, 4 blocks, 400 steps) at the "
+        "strategy's own best rate; docs/results/catalogue.md"
+    )
+    table.caption_justify = "left"
     console.print(table)
+
+
+def options_markdown() -> str:
+    """Which strategy takes which option, as a Markdown table with the reasons below it."""
+    reasons: list[str] = []
+    lines = [f"| strategy | {' | '.join(f'`{name}`' for name in OFFERED)} |", f"|:--|{':-:|' * len(OFFERED)}"]
+    for name, cls in STRATEGIES.items():
+        strategy = cls()
+        presets = {key.removeprefix("options."): value for key, value in strategy.recipe_defaults.items()}
+        cells = []
+        for option, reason in offers(strategy).items():
+            key, _, value = option.partition("=")
+            if reason:
+                if reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"no ({reasons.index(reason) + 1})")
+            else:
+                preset = presets.get(key)
+                cells.append("preset" if preset not in (None, "none") and value in ("", preset) else "yes")
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace("_", "\\_"))
+    notes = "\n".join(f"{n}. {reason}" for n, reason in enumerate(reasons, 1))
+    return "\n".join(lines) + f"\n\n{notes}\n"
 
 
 def show_one(name: str, console: Console) -> None:
@@ -29,6 +64,10 @@ def show_one(name: str, console: Console) -> None:
     table.add_column()
     for field in dataclasses.fields(strategy.card):
         table.add_row(field.name, getattr(strategy.card, field.name))
+    table.add_row("measured", str(measurements().get(name, "not measured yet")))
+    refused = [f"{option}: {reason}" for option, reason in offers(strategy()).items() if reason]
+    if refused:
+        table.add_row("refuses", "\n".join(refused))
     if strategy.recipe_defaults:
         table.add_row("defaults", ", ".join(f"{k} = {v}" for k, v in strategy.recipe_defaults.items()))
     console.print(table)
