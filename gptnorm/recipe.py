@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from gptnorm.config import BUILT_IN_CORPORA, BUILT_IN_TOKENIZERS, Config, ModelConfig
 from gptnorm.errors import UserError, bad_value
-from gptnorm.model.presets import preset_sizes
+from gptnorm.model.presets import preset_settings
 from gptnorm.strategies import find_strategy, make_strategy
 from gptnorm.tables import Tree, merge, nest
 from gptnorm.typed import read_table
@@ -193,14 +193,13 @@ def _expand_preset(tree: Tree, backbone: Any) -> Tree:
     name = _get(tree, "model", "preset")
     if name is None:
         return tree
-    # A preset is the published model: what a lower layer said about its shape or init is void.
-    published: Tree = dict.fromkeys(("n_kv_heads", "d_ff", "ffn_multiple", "tied"))
     if backbone not in ("gpt2", "llama2", "llama3"):
         raise bad_value("model.backbone", backbone, "must be 'gpt2', 'llama2' or 'llama3'")
     if not isinstance(name, str):
         raise bad_value("model.preset", name, "must be text")
-    published |= preset_sizes(backbone, name)
-    expanded: Tree = {"model": published, "init": {"std": "published"}}
+    # A preset is the published model: its initialisation, too.
+    expanded: Tree = {"init": {"std": "published"}}
+    merge(expanded, preset_settings(backbone, name))
     merge(expanded, tree)
     return expanded
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
+import pytest
 import torch
 
-from gptnorm.config import BackboneName, InitConfig, ModelConfig
+from gptnorm.config import BackboneName, InitConfig, ModelConfig, MoEConfig
 from gptnorm.model import GPT
 from gptnorm.model.backbones import make_shape
 from gptnorm.shape import Shape
@@ -33,8 +34,20 @@ def _norms(per_block: int, ends: int) -> Callable[[Shape], int]:
     return lambda s: (per_block * s.n_layers + ends) * s.d
 
 
+def feedforwards(s: Shape) -> int:
+    """How many feed-forwards a block has, each with what follows its matrices."""
+    return 1 if s.experts is None else s.experts.routed + s.experts.shared
+
+
 def _after_every_matrix(s: Shape) -> int:
-    return s.n_layers * sum(s.out_features(role) for role in s.matrix_roles) + s.d
+    copies = dict.fromkeys(("gate", "up", "down"), feedforwards(s))
+    return s.n_layers * sum(copies.get(role, 1) * s.out_features(role) for role in s.matrix_roles) + s.d
+
+
+def _scales_of_ngpt(s: Shape) -> int:
+    """alpha twice, s_qk, s_u and (gated) s_v per block; s_z."""
+    in_feedforward = (2 if s.gated else 1) * s.d_ff * feedforwards(s)
+    return s.n_layers * (2 * s.d + s.d_kv + in_feedforward) + s.vocab
 
 
 ROWS = (
@@ -58,23 +71,35 @@ ROWS = (
     Row("simplenorm", _after_every_matrix),
     # alpha twice per block; s_Z
     Row("angpt", lambda s: s.n_layers * 2 * s.d + s.vocab, constrained=True),
-    # alpha twice, s_qk, s_u and (gated) s_v per block; s_z
-    Row("ngpt", lambda s: s.n_layers * (2 * s.d + s.d_kv + (2 if s.gated else 1) * s.d_ff) + s.vocab, constrained=True),
+    Row("ngpt", _scales_of_ngpt, constrained=True),
     Row("residual_dual", _norms(2, 1)),
     # four norms and the scale of X per block
     Row("siamesenorm", lambda s: _norms(5, 3)(s) + 3 * s.n_layers * s.head_dim),
 )
 assert [row.strategy for row in ROWS] == list(STRATEGIES), "every strategy has one row here"
 
-CASES = [(row.strategy, backbone) for row in ROWS for backbone in BACKBONES]
+MOE = MoEConfig(experts=4, top_k=2, shared=1, branch_gain="sqrt_k")
+"""What `moe=True` means; the gain is one that a plain transcription can write down."""
+
+DENSE = [(row.strategy, backbone) for row in ROWS for backbone in BACKBONES]
+CASES = [
+    *((strategy, backbone, False) for strategy, backbone in DENSE),
+    *((row.strategy, "llama2", True) for row in ROWS),
+    *(pytest.param(row.strategy, "llama3", True, marks=pytest.mark.slow) for row in ROWS),
+]
+"""Strategy, backbone, and whether the feed-forward is a mixture of experts."""
 
 
-def tiny_shape(backbone: BackboneName, **changes: Any) -> Shape:
-    """Two blocks of width 32, four heads (two key/value heads for llama3)."""
-    settings: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 80, **changes}
+def tiny_shape(backbone: BackboneName, moe: bool | MoEConfig = False, **changes: Any) -> Shape:
+    """Two blocks of width 32, four heads (two key/value heads for llama3), experts of width 24."""
+    settings: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 24 if moe else 80, **changes}
     if backbone == "llama3":
         settings.setdefault("n_kv_heads", 2)
-    return make_shape(ModelConfig(backbone=backbone, **settings), vocab=VOCAB, context=CONTEXT)
+    return make_shape(ModelConfig(backbone=backbone, **settings), _moe(moe), vocab=VOCAB, context=CONTEXT)
+
+
+def _moe(moe: bool | MoEConfig) -> MoEConfig | None:
+    return (MOE if moe else None) if isinstance(moe, bool) else moe
 
 
 def tiny_gpt(
@@ -84,6 +109,7 @@ def tiny_gpt(
     seed: int = 0,
     own: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
+    moe: bool | MoEConfig = False,
     **changes: Any,
 ) -> GPT:
     """A model of `tiny_shape`, on whatever device is current.
@@ -91,13 +117,15 @@ def tiny_gpt(
     Args:
         own: the strategy's own options (the `[strategy]` table).
         options: those that compose with any (the `[options]` table), over the strategy's presets.
+        moe: a mixture of experts, `MOE` or another.
     """
     presets = preset_options(find_strategy(strategy)())
     return GPT(
-        tiny_shape(backbone, **changes),
+        tiny_shape(backbone, moe, **changes),
         make_strategy(strategy, own or {}, replace(presets, **(options or {}))),
         backbone=backbone,
         init=InitConfig(std="twin"),
+        moe=_moe(moe),
         seed=seed,
     )
 
@@ -110,7 +138,7 @@ def shake(model: GPT, seed: int = 7) -> GPT:
     """Moves every gain and scale off its initial value, so that forgetting one shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if not name.endswith("weight"):
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model

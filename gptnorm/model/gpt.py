@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from gptnorm.model.rope import rotations
 from gptnorm.shape import Shape
 from gptnorm.strategies import Strategy, make_strategy
 from gptnorm.strategies.base import State
+from gptnorm.strategies.width import apply_width_rule
 
 
 class Block(nn.Module):
@@ -203,5 +205,7 @@ def build_gpt(config: Config, *, vocab: int, device: torch.device | str = "cpu")
     """
     shape = make_shape(config.model, config.moe, vocab=vocab, context=config.train.seq_len)
     strategy = make_strategy(config.model.strategy, config.strategy, config.options)
+    published = partial(published_draw, config.model.backbone, config=config.init)
+    strategy = apply_width_rule(strategy, config.optim, shape, published)
     with torch.device(device):
         return GPT(shape, strategy, backbone=config.model.backbone, init=config.init, moe=config.moe, seed=config.seed)

@@ -2,25 +2,36 @@
 
 Llama sizes: the configurations in SimpleGPT's reference code (`models/llama/__init__.py`), with the
 vocabularies of the public tokenizers. GPT-2 sizes: nanoGPT. The paper does not give the shape of
-its GPT-2 1.4B; 48 blocks of width 1536 is our guess (1.436B parameters).
+its GPT-2 1.4B; 48 blocks of width 1536 is our guess (1.436B parameters). 1B-7B: OLMoE (arXiv
+2409.02060), 64 experts, 8 of them for each token; 1.3B of its 6.9B parameters are active.
 """
 
 from __future__ import annotations
 
 from gptnorm.config import BackboneName
 from gptnorm.errors import bad_value
+from gptnorm.tables import Tree
 
 _GPT2_VOCAB = 50_304  # GPT-2's 50,257 tokens, rounded up by nanoGPT to a multiple of 64
 _LLAMA2_VOCAB = 32_000
 _LLAMA3_VOCAB = 128_256
+_NEOX_VOCAB = 50_304  # GPT-NeoX's tokens, rounded up
 
 
-def _size(d: int, layers: int, heads: int, vocab: int, kv_heads: int | None = None) -> dict[str, int]:
+def _size(d: int, layers: int, heads: int, vocab: int, **others: int) -> Tree:
+    """A dense model; what it has no word for is the backbone's."""
+    void = dict.fromkeys(("n_kv_heads", "d_ff", "ffn_multiple", "tied"))
     sizes = {"d_model": d, "n_layers": layers, "n_heads": heads, "vocab_size": vocab}
-    return sizes if kv_heads is None else {**sizes, "n_kv_heads": kv_heads}
+    return {"model": {**void, **sizes, **others}, "moe": {"experts": 0}}
 
 
-PRESETS: dict[BackboneName, dict[str, dict[str, int]]] = {
+def _with_experts(dense: Tree, experts: int, top_k: int, *, renormalize: bool) -> Tree:
+    """The same with experts, each `d_ff` wide, and a softmax router."""
+    moe = {"experts": experts, "top_k": top_k, "shared": 0, "gate": "softmax", "renormalize": renormalize}
+    return {**dense, "moe": moe}
+
+
+PRESETS: dict[BackboneName, dict[str, Tree]] = {
     "gpt2": {
         "124M": _size(768, 12, 12, _GPT2_VOCAB),
         "350M": _size(1024, 24, 16, _GPT2_VOCAB),
@@ -37,15 +48,19 @@ PRESETS: dict[BackboneName, dict[str, dict[str, int]]] = {
         "271M": _size(1024, 16, 16, _LLAMA2_VOCAB),
         "1B": _size(2048, 18, 16, _LLAMA2_VOCAB),
         "7B": _size(4096, 32, 32, _LLAMA2_VOCAB),
+        "1B-7B": _with_experts(_size(2048, 16, 16, _NEOX_VOCAB, d_ff=1024), 64, 8, renormalize=False),
     },
     "llama3": {
-        "8B": _size(4096, 32, 32, _LLAMA3_VOCAB, kv_heads=8),
+        "8B": _size(4096, 32, 32, _LLAMA3_VOCAB, n_kv_heads=8),
     },
 }
 
 
-def preset_sizes(backbone: BackboneName, name: str) -> dict[str, int]:
-    """The model settings that a preset stands for; UserError if the backbone has none of that name."""
+def preset_settings(backbone: BackboneName, name: str) -> Tree:
+    """The tables that a preset stands for; UserError if the backbone has none of that name.
+
+    They name every setting of the architecture: what a lower layer of a recipe said about it is void.
+    """
     if name not in PRESETS[backbone]:
         raise bad_value("model.preset", name, f"{backbone} has {', '.join(PRESETS[backbone])}")
     return PRESETS[backbone][name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,33 @@ class Plain:
         pairs = torch.view_as_complex(x.reshape(len(x), -1, 2)) * torch.polar(torch.ones_like(angle), angle)
         return torch.view_as_real(pairs).reshape(len(x), -1)
 
+    router = 1.0
+    """What the router's logits are multiplied by."""
+
     def feed(self, x: Tensor, here: str, after: Callable[[str, Tensor], Tensor], pre: float = 1.0) -> Tensor:
+        """The feed-forward, or the mixture of `cases.MOE` token by token: (Σ_s F_s + √k Σ g_e F_e) / √(1 + S)."""
+        if self.s.experts is None:
+            return self.feed_dense(x, here, after, pre)
+        k, shared, rows = self.s.experts.top_k, self.s.experts.shared, []
+        for row in x:
+            p = torch.softmax(self.router * (self.p[f"{here}.ffn.router.weight"] @ row), dim=0)
+            chosen = p.argsort(descending=True)[:k].tolist()
+            mixed = [p[e] / p[chosen].sum() * self.feed_expert("routed", e, row, here, after, pre) for e in chosen]
+            always = [self.feed_expert("shared", e, row, here, after, pre) for e in range(shared)]
+            rows.append((sum(always) + k**0.5 * sum(mixed)) / (1 + shared) ** 0.5)
+        return torch.cat(rows)
+
+    def feed_expert(self, kind: str, e: int, row: Tensor, here: str, after: Any, pre: float) -> Tensor:
+        """Expert e by its slices, put where a dense feed-forward's tensors are."""
+        stored, there = self.p, f"{here}.ffn.{kind}."
+        slices = {name.replace(there, f"{here}.ffn."): p[e] for name, p in stored.items() if name.startswith(there)}
+        self.p = stored | slices
+        try:
+            return self.feed_dense(row[None], here, after, pre)
+        finally:
+            self.p = stored
+
+    def feed_dense(self, x: Tensor, here: str, after: Callable[[str, Tensor], Tensor], pre: float) -> Tensor:
         up = after("up", x @ self.p[f"{here}.ffn.up.weight"].T)
         if self.s.gated:
             a = F.silu(pre * after("gate", x @ self.p[f"{here}.ffn.gate.weight"].T)) * up
@@ -131,15 +158,14 @@ def plain_simplenorm(m: Plain, tokens_T: Tensor) -> Tensor:
 def plain_ngpt(m: Plain, tokens_T: Tensor) -> Tensor:
     d = m.s.d
     h = unit(m.embed(tokens_T))
+    m.router = d**0.5
     m.scale = m.s.head_dim**0.5
     for n in range(m.s.n_layers):
         here = f"blocks.{n}"
         s_qk = m.p[f"{here}.attn.qk_scale.stored"] * d**0.5
 
         def after(role: str, z: Tensor, here: str = here) -> Tensor:
-            if role in ("o", "down"):
-                return unit(z)
-            return z if role in "qkv" else z * m.p[f"{here}.ffn.{role}.after.0.stored"]
+            return z * m.p[f"{here}.ffn.{role}.after.0.stored"] if role in ("gate", "up") else z
 
         def tweak(which: str, z: Tensor, s_qk: Tensor = s_qk) -> Tensor:
             group = int(which[1:])
@@ -148,7 +174,7 @@ def plain_ngpt(m: Plain, tokens_T: Tensor) -> Tensor:
         for branch in ("attn", "ffn"):
             alpha = (m.p[f"{here}.own.alpha_{branch}.stored"] * (0.05 * d**0.5)).abs()
             out = m.attend(h, here, after, tweak) if branch == "attn" else m.feed(h, here, after, pre=d**0.5)
-            h = unit(h + alpha * (out - h))
+            h = unit(h + alpha * (unit(out) - h))
     return m.head(h) * m.p["head.after.0.stored"] * d**0.5
 
 
@@ -156,6 +182,7 @@ def plain_angpt(m: Plain, tokens_T: Tensor) -> Tensor:
     """angpt.md section 2; E[act(ν_uz g)²] as a Riemann sum instead of Gauss-Hermite."""
     d, d_h, d_ff, learned_positions = m.s.d, m.s.head_dim, m.s.d_ff, not m.s.rope_theta
     h = m.embed(tokens_T) * (0.5**0.5 if learned_positions else 1.0)
+    m.router = d**0.5
     m.scale = d_h**0.5
     nu_uz = (d / d_ff) ** 0.5
     g = torch.linspace(-12, 12, 200_001, dtype=torch.float64)

@@ -13,14 +13,15 @@ from torch import Tensor
 
 import gptnorm
 from gptnorm.config import BackboneName
+from gptnorm.model.moe import frozen_routing
 from gptnorm.strategies import STRATEGIES
 
-every_case = pytest.mark.parametrize(("strategy", "backbone"), CASES)
+every_case = pytest.mark.parametrize(("strategy", "backbone", "moe"), CASES)
 
 
 @every_case
-def test_block_equation(strategy: str, backbone: BackboneName) -> None:
-    model = shake(tiny_gpt(strategy, backbone)).double()
+def test_block_equation(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = shake(tiny_gpt(strategy, backbone, moe=moe)).double()
     batch = tokens(batch=1)
     with torch.no_grad():
         ours = model(batch)[0]
@@ -32,10 +33,10 @@ def test_block_equation(strategy: str, backbone: BackboneName) -> None:
 
 
 @every_case
-def test_meta_init_equals_direct_init(strategy: str, backbone: BackboneName) -> None:
-    direct = tiny_gpt(strategy, backbone, seed=3)
+def test_meta_init_equals_direct_init(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    direct = tiny_gpt(strategy, backbone, moe=moe, seed=3)
     with torch.device("meta"):
-        deferred = tiny_gpt(strategy, backbone, seed=99)
+        deferred = tiny_gpt(strategy, backbone, moe=moe, seed=99)
     deferred.to_empty(device="cpu")
     for tensor in (*deferred.parameters(), *deferred.buffers()):
         tensor.data.fill_(float("nan"))
@@ -47,8 +48,8 @@ def test_meta_init_equals_direct_init(strategy: str, backbone: BackboneName) -> 
 
 
 @every_case
-def test_every_parameter_gets_a_finite_gradient(strategy: str, backbone: BackboneName) -> None:
-    model = tiny_gpt(strategy, backbone)
+def test_every_parameter_gets_a_finite_gradient(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = tiny_gpt(strategy, backbone, moe=moe)
     loss = model.loss(tokens())
     loss.backward()
     assert loss.isfinite()
@@ -59,8 +60,8 @@ def test_every_parameter_gets_a_finite_gradient(strategy: str, backbone: Backbon
 
 
 @every_case
-def test_bf16_is_close_to_fp32(strategy: str, backbone: BackboneName) -> None:
-    model = tiny_gpt(strategy, backbone)
+def test_bf16_is_close_to_fp32(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = tiny_gpt(strategy, backbone, moe=moe)
     exact = model.loss(tokens())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = model.loss(tokens())
@@ -68,37 +69,42 @@ def test_bf16_is_close_to_fp32(strategy: str, backbone: BackboneName) -> None:
 
 
 @every_case
-def test_future_tokens_do_not_matter(strategy: str, backbone: BackboneName) -> None:
-    model = tiny_gpt(strategy, backbone)
+def test_future_tokens_do_not_matter(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = tiny_gpt(strategy, backbone, moe=moe)
     batch = tokens()
     changed = batch.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % model.shape.vocab
     assert torch.allclose(model(batch)[:, :9], model(changed)[:, :9], atol=1e-6)
 
 
-@every_case
-def test_compiled_equals_eager(strategy: str, backbone: BackboneName) -> None:
-    model = tiny_gpt(strategy, backbone)
+@pytest.mark.parametrize(
+    ("strategy", "backbone", "moe"),
+    # Experts take seconds to compile and are built alike for every strategy: most wait for the slow suite.
+    [
+        pytest.param(*case, marks=pytest.mark.slow)
+        if case[2:] == (True,) and case[0] not in ("simplenorm", "ngpt")
+        else case
+        for case in CASES
+    ],
+)
+def test_compiled_equals_eager(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = tiny_gpt(strategy, backbone, moe=moe)
     torch._dynamo.reset()
     compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens()), model.loss(tokens()), rtol=1e-5, atol=1e-6)
 
 
 @every_case
-def test_twice_differentiable(strategy: str, backbone: BackboneName) -> None:
+def test_twice_differentiable(strategy: str, backbone: BackboneName, moe: bool) -> None:
     """A Hessian-vector product by two backward passes against finite differences of the gradient."""
-    model = shake(tiny_gpt(strategy, backbone)).double()
+    model = shake(tiny_gpt(strategy, backbone, moe=moe)).double()
     batch, parameters = tokens(), list(model.parameters())
     generator = torch.Generator().manual_seed(1)
     v = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
 
     def gradient(create_graph: bool = False) -> tuple[Tensor, ...]:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return torch.autograd.grad(model.loss(batch), parameters, create_graph=create_graph)
-
-    slope = sum((g * w).sum() for g, w in zip(gradient(create_graph=True), v, strict=True))
-    assert isinstance(slope, Tensor)
-    product = torch.autograd.grad(slope, parameters)
+            return torch.autograd.grad(model.objective(batch).total, parameters, create_graph=create_graph)
 
     def gradient_at(step: float) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -110,16 +116,23 @@ def test_twice_differentiable(strategy: str, backbone: BackboneName) -> None:
                 p.sub_(w, alpha=step)
         return found
 
+    slope = sum((g * w).sum() for g, w in zip(gradient(create_graph=True), v, strict=True))
+    assert isinstance(slope, Tensor)
+    product = torch.autograd.grad(slope, parameters)
+
     h = 1e-5
-    differences = [(a - b) / (2 * h) for a, b in zip(gradient_at(h), gradient_at(-h), strict=True)]
+    # A token that changed its experts on the way would make the gradient jump.
+    with frozen_routing(model):
+        gradient()
+        differences = [(a - b) / (2 * h) for a, b in zip(gradient_at(h), gradient_at(-h), strict=True)]
     error = sum((a - b).pow(2).sum() for a, b in zip(product, differences, strict=True)) ** 0.5
     size = sum(a.pow(2).sum() for a in product) ** 0.5
     assert error / size < 1e-4
 
 
 @every_case
-def test_constraints_hold_after_every_step(strategy: str, backbone: BackboneName) -> None:
-    model = tiny_gpt(strategy, backbone)
+def test_constraints_hold_after_every_step(strategy: str, backbone: BackboneName, moe: bool) -> None:
+    model = tiny_gpt(strategy, backbone, moe=moe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     constrained = 0
     for step in range(10):
@@ -187,3 +200,12 @@ def test_every_strategy_has_a_card_a_laptop_recipe_and_a_page() -> None:
         assert strategy.card.equation
         assert f"laptop/{name}" in shipped_recipes()
         assert (docs / f"{name}.md").is_file(), f"docs/strategies/{name}.md"
+
+
+def test_every_option_says_what_it_means() -> None:
+    """Inherited ones too."""
+    from gptnorm.reference import list_settings
+
+    for name, strategy in STRATEGIES.items():
+        for setting in list_settings(strategy, "strategy."):
+            assert setting.meaning, f"{name}: {setting.key}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from cases import CASES
+from cases import CASES, ROWS
 
 from gptnorm.data import prepare
 from gptnorm.recipe import load_recipe
 from gptnorm.train.loop import resume_run, start_run
 
 pytestmark = pytest.mark.gpu
+
+EXPERTS = ("moe.experts=4", "moe.shared=1")
 
 
 def train(recipe, path, *settings):
@@ -20,26 +22,27 @@ def train(recipe, path, *settings):
     return result, [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("strategy", "backbone"), CASES)
-def test_fp32_loss_is_the_cpu_s(recipe, tmp_path, strategy, backbone):
-    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}")
+@pytest.mark.parametrize(("strategy", "backbone", "moe"), CASES)
+def test_fp32_loss_is_the_cpu_s(recipe, tmp_path, strategy, backbone, moe):
+    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}", *(EXPERTS if moe else ()))
     _, gpu = train(recipe, tmp_path / "gpu", *settings)
     _, cpu = train(recipe, tmp_path / "cpu", *settings, "train.device=cpu")
     assert [line["loss"] for line in gpu] == pytest.approx([line["loss"] for line in cpu], rel=2e-3)
 
 
-@pytest.mark.parametrize(("strategy", "backbone"), CASES)
-def test_bf16_steps(recipe, tmp_path, strategy, backbone):
-    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}")
+@pytest.mark.parametrize(("strategy", "backbone", "moe"), CASES)
+def test_bf16_steps(recipe, tmp_path, strategy, backbone, moe):
+    settings = (f"model.strategy={strategy}", f"model.backbone={backbone}", *(EXPERTS if moe else ()))
     _, fp32 = train(recipe, tmp_path / "fp32", *settings)
     result, bf16 = train(recipe, tmp_path / "bf16", *settings, "train.precision=bf16")
     assert result.status == "finished"
     assert [line["loss"] for line in bf16] == pytest.approx([line["loss"] for line in fp32], rel=0.03)
 
 
-@pytest.mark.parametrize("strategy", sorted({strategy for strategy, _ in CASES}))
-def test_compiled_bf16_is_close_to_eager(recipe, tmp_path, strategy):
-    settings = (f"model.strategy={strategy}", "train.precision=bf16")
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("strategy", sorted(row.strategy for row in ROWS))
+def test_compiled_bf16_is_close_to_eager(recipe, tmp_path, strategy, moe):
+    settings = (f"model.strategy={strategy}", "train.precision=bf16", *(EXPERTS if moe else ()))
     _, eager = train(recipe, tmp_path / "eager", *settings)
     _, compiled = train(recipe, tmp_path / "compiled", *settings, "train.compile=true")
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=0.03)
