@@ -6,11 +6,11 @@ import contextlib
 
 import pytest
 import torch
-from cases import EVERY_CASE, tiny_gpt, tokens
+from cases import CASES, tiny_gpt, tokens
 
 from gptnorm.config import BackboneName
 
-every_case = pytest.mark.parametrize(("strategy", "backbone", "moe"), EVERY_CASE)
+every_case = pytest.mark.parametrize(("strategy", "backbone", "moe"), CASES)
 
 
 @pytest.mark.slow
