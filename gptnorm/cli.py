@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 from rich.console import Console
 
 import gptnorm
-from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError
+from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError, bad_value
 
 if TYPE_CHECKING:
     from gptnorm.train.loop import Result
@@ -74,6 +74,48 @@ def resume(run: Path) -> None:
 
 
 @app.command()
+@click.argument("source", metavar="RECIPE|RUN")
+@SETTINGS
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run; default: the newest, 0: initialisation.")
+@click.option("--tokens", type=click.Choice(["text", "random"]), default="text", help="First training batch, or noise.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="What is computed in.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every number here.")
+@click.option("--report", "page_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots.")
+def inspect(
+    source: str,
+    settings: tuple[str, ...],
+    step: int | None,
+    tokens: str,
+    dtype: Literal["fp32", "fp64"],
+    json_path: Path | None,
+    page_path: Path | None,
+) -> None:
+    """Measure signal propagation: activations and gradients, block by block.
+
+    RECIPE is measured at initialisation, RUN (a run folder) at its newest checkpoint. KEY=VALUE as in 'gptnorm train';
+    for a run only what concerns the batch, such as train.batch_size=4. See docs/inspect.md for every number.
+    """
+    from gptnorm.probe import probe
+    from gptnorm.probe.show import dump, make_record, print_probe
+    from gptnorm.probe.source import find_config, open_source
+    from gptnorm.report.probe_page import probe_page
+    from gptnorm.train.loop import within_memory
+
+    config, folder = find_config(source, settings)
+    with within_memory(config), console.status("measuring …"):
+        found = open_source(source, config, folder, step=step, random_tokens=tokens == "random", dtype=dtype)
+        reading = probe(found.model, found.tokens)
+    record = make_record(found, reading, dtype)
+    for option, path, text in (
+        ("--json", json_path, lambda: dump(record)),
+        ("--report", page_path, lambda: probe_page(record)),
+    ):
+        if path is not None:
+            write(option, path, text())
+    print_probe(found, reading, dtype, console)
+
+
+@app.command()
 @SETTINGS
 def quickstart(settings: tuple[str, ...]) -> None:
     """Compare three strategies over learning rates, in minutes on a laptop."""
@@ -81,9 +123,74 @@ def quickstart(settings: tuple[str, ...]) -> None:
     from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import run_study
 
-    folder = run_study("quickstart", settings, Path("runs/quickstart"), console)
+    folder = run_study("quickstart", settings, Path("runs/quickstart"), console, command=())
     report = write_study_report(folder)
     console.print(rich_table(load_study(folder)))
+    say(f"report: {report}")
+
+
+@app.group()
+def study() -> None:
+    """Compare strategies over learning rates, at one size or along a ladder of widths or depths."""
+
+
+STUDY_DIR = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Study folder; an earlier one there is moved aside."
+)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+def grid(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+    """Every strategy at every learning rate with every seed, such as 'study/catalogue'.
+
+    RECIPE has a [study] table.
+    """
+    from gptnorm.report import load_study, rich_table
+    from gptnorm.report.html import write_study_report
+    from gptnorm.study.grid import run_study
+
+    folder = run_study(recipe, settings, folder or Path("runs/study-grid"), console)
+    report = write_study_report(folder)
+    console.print(rich_table(load_study(folder)))
+    say(f"report: {report}")
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+def width(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+    """A ladder of widths (study.widths) under each width rule (study.rules), such as 'study/width'.
+
+    RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
+    """
+    climb("width", recipe, settings, folder)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+def depth(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+    """A ladder of depths (study.depths), such as 'study/depth', with gradients and cosines block by block.
+
+    RECIPE has a [study] table.
+    """
+    climb("depth", recipe, settings, folder)
+
+
+def climb(axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+    """Runs a ladder, prints its tables and writes its report."""
+    from gptnorm.report import load_ladder, rich_ladder
+    from gptnorm.report.html import write_study_report
+    from gptnorm.study.grid import run_study
+
+    folder = run_study(recipe, settings, folder or Path("runs") / f"study-{axis}", console, ladder=axis)
+    report = write_study_report(folder)
+    console.print(rich_ladder(load_ladder(folder)))
     say(f"report: {report}")
 
 
@@ -114,6 +221,16 @@ def settings_() -> None:
     from gptnorm.reference import settings_table
 
     console.print(settings_table())
+
+
+def write(option: str, path: Path, text: str) -> None:
+    """A file that an option names; UserError if it cannot be written."""
+    from gptnorm.files import write_atomic
+
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise bad_value(option, str(path), f"cannot be written: {error.strerror}") from None
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -68,6 +69,20 @@ def call(monkeypatch, *arguments):
         ("train tiny.toml run.dir=empty.txt/x", "run.dir"),
         ("train tiny.toml run.dir=" + "a" * 300, "run.dir"),
         ("train tiny.toml run.dir=", "run.dir"),
+        ("inspect", "RECIPE|RUN"),
+        ("inspect nosuch", "nosuch"),
+        ("inspect .", "not a run folder"),
+        ("inspect tiny.toml optim.lrr=3", "did you mean lr?"),
+        ("inspect tiny.toml data.path=/nonexistent", "data.path"),
+        ("inspect tiny.toml --step 3", "--step"),
+        ("inspect tiny.toml --dtype fp16", "--dtype"),
+        ("inspect tiny.toml --tokens noise", "--tokens"),
+        ("inspect tiny.toml train.seq_len=100000000", "train.seq_len"),
+        ("inspect tiny.toml model.d_model=2000000000 model.n_heads=2", "out of memory"),
+        ("inspect tiny.toml --json nosuch/x.json", "--json"),
+        ("inspect tiny.toml --report .", "--report"),
+        ("train tiny.toml watch.every=-1", "watch.every"),
+        ("train tiny.toml watch.sequences=0", "watch.sequences"),
         ("resume", "RUN"),
         ("resume nosuch", "nosuch"),
         ("resume empty.txt", "empty.txt"),
@@ -78,6 +93,16 @@ def call(monkeypatch, *arguments):
         ("quickstart study.seeds=[0.5]", "study.seeds"),
         ('quickstart study.strategies=["foo"]', "foo"),
         ("quickstart optim.lr=1", "optim.lr"),
+        ("quickstart study.depths=[1,2]", "study.depths"),
+        ("study widht", "widht"),
+        ("study width", "RECIPE"),
+        ("study width nosuch", "nosuch"),
+        ("study width tiny.toml", "[study]"),
+        ("study width study/width study.widths=[64,128]", "study.widths"),
+        ("study depth study/depth study.depths=[8]", "study.depths"),
+        ("study depth study/width", "study.depths"),
+        ("train tiny.toml optim.width_rule=mup", "optim.base_width"),
+        ("train tiny.toml optim.width_rule=mup optim.base_width=16 model.tied=true", "optim.width_rule"),
         ("quickstart data.path=text.txt train.seq_len=100000000", "train.seq_len"),
         ("quickstart data.path=text.txt model.vocab_size=10", "model.vocab_size"),
     ],
@@ -116,12 +141,64 @@ def test_a_run_and_what_is_wrong_with_it_later(place, monkeypatch, capfd):
     assert "no checkpoint" in capfd.readouterr().err
 
 
+def test_inspect_a_recipe_and_a_run(place, monkeypatch, capfd):
+    assert call(monkeypatch, "inspect", "tiny.toml", "--json", "a.json", "--report", "a.html") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "prenorm on llama2, at initialisation: 1 block of width 16; 4 x 16 tokens" in " ".join(out.split())
+    assert (place / "a.html").read_text().startswith("<!DOCTYPE html>")
+    start = json.loads((place / "a.json").read_text())
+    assert f"{start['loss']:.4f}" in out
+
+    assert call(monkeypatch, "train", "tiny.toml", "run.dir=run", "checkpoint.every=2") == 0
+    capfd.readouterr()
+    first = json.loads((place / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert start["loss"] == pytest.approx(first["loss"], rel=1e-6), "the first batch of training, the same weights"
+    found = {}
+    for name, arguments in (("newest", ()), ("2", ("--step", "2")), ("0", ("--step", "0"))):
+        assert call(monkeypatch, "inspect", "run", "--json", "b.json", *arguments) == 0
+        found[name] = json.loads((place / "b.json").read_text())
+    assert "after 4 steps" in capfd.readouterr().out
+    assert {name: record["step"] for name, record in found.items()} == {"newest": 4, "2": 2, "0": 0}
+    assert found["0"]["blocks"] == start["blocks"]
+    assert found["newest"]["loss"] < found["2"]["loss"] < start["loss"]
+
+    for line, word in (
+        ("inspect run --step 3", "2, 4"),
+        ("inspect run model.n_layers=2", "model.n_layers"),
+        ("inspect run strategy.eps=1e-3", "strategy.eps"),
+        ("inspect run train.batch_size=0", "train.batch_size"),
+    ):
+        assert call(monkeypatch, *line.split()) == 2
+        assert word in capfd.readouterr().err
+    assert call(monkeypatch, "inspect", "run", "train.batch_size=2", "train.seq_len=8", "--json", "b.json") == 0
+    assert json.loads((place / "b.json").read_text())["sequences"] == 2
+
+
+def test_inspect_noise_needs_no_text_where_the_vocabulary_is_known(place, monkeypatch):
+    arguments = ("data.path=/nonexistent", "model.vocab_size=50", "--tokens", "random", "--dtype", "fp64")
+    assert call(monkeypatch, "inspect", "tiny.toml", *arguments, "--json", "a.json") == 0
+    record = json.loads((place / "a.json").read_text())
+    assert (record["text"], record["dtype"]) == ("uniform random tokens", "fp64")
+
+
 @pytest.mark.parametrize("settings", [("optim.lr=1e30", "optim.clip=0"), ("model.backbone=gpt2", "init.std=1e30")])
 def test_divergence_is_exit_code_3(place, monkeypatch, capfd, settings):
     assert call(monkeypatch, "train", "tiny.toml", "run.dir=run", *settings) == 3
     out, err = capfd.readouterr()
     assert err == ""
     assert "non-finite first" in out.splitlines()[-1]
+
+
+def test_a_ladder(place, monkeypatch, capfd):
+    study = '[study]\ntitle = "t"\nstrategies = ["prenorm"]\nlrs = [0.01]\nseeds = [0]\ndepths = [1, 2]\n'
+    (place / "ladder.toml").write_text(f"{(place / 'tiny.toml').read_text()}\n{study}")
+    assert call(monkeypatch, "study", "depth", "ladder.toml", "study.workers=1", "--dir", "mine") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1] == "report: mine/report.html"
+    assert "largest stable rate" in out
+    assert (place / "mine/report.html").is_file()
 
 
 def test_no_command_shows_help_and_listings_work(monkeypatch, capfd):

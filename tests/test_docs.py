@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_commands_exist(page: Path) -> None:
     from gptnorm.cli import app
     from gptnorm.recipe import load_recipe
     from gptnorm.strategies import STRATEGIES
+    from gptnorm.study.grid import make_cells, read_study
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in "\n".join(blocks(page, "bash")).splitlines():
@@ -46,17 +48,23 @@ def test_commands_exist(page: Path) -> None:
                 load_recipe(words[2]).resolve([] if words[2].endswith("/base") else words[3:])
             if words[1] == "strategies" and len(words) > 2:
                 assert words[2] in STRATEGIES, line
+            if words[1] == "study":
+                settings = tuple(word for word in shlex.split(line, comments=True)[4:] if "=" in word)
+                assert words[2] in ("depth", "width"), line
+                recipe = load_recipe(words[3])
+                make_cells(recipe, read_study(recipe, settings, "depth" if words[2] == "depth" else "width"), settings)
 
 
 def test_tables_are_those_of_their_ledgers() -> None:
-    """No number in a result table was typed by hand."""
-    from gptnorm.report import load_study, markdown_table
+    """No number in a result table was typed by hand: each ledger's stands in one of the pages beside it."""
+    from gptnorm.report import is_ladder, load_ladder, load_study, markdown_ladder, markdown_table
 
     results = ROOT / "docs" / "results"
-    page = (results / "quickstart.md").read_text(encoding="utf-8")
+    pages = [page.read_text(encoding="utf-8") for page in results.glob("*.md")]
     ledgers = [path.parent for path in results.glob("*/study.json")]
     assert ledgers
     for folder in ledgers:
-        assert markdown_table(load_study(folder)).rstrip() in page, folder.name
+        table = markdown_ladder(load_ladder(folder)) if is_ladder(folder) else markdown_table(load_study(folder))
+        assert any(table.rstrip() in page for page in pages), folder.name
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert markdown_table(load_study(results / "quickstart")).rstrip() in readme

@@ -9,19 +9,21 @@ from pathlib import Path
 
 from gptnorm.errors import UserError
 from gptnorm.files import write_atomic
+from gptnorm.report.ladder import is_ladder, load_ladder
+from gptnorm.report.ladder_page import ladder_page
 from gptnorm.report.results import load_study
 from gptnorm.report.run_page import run_page
 from gptnorm.report.study_page import REPORT, study_page
 
 
 def write_study_report(folder: str | Path) -> Path:
-    """Write `report.html` into a study folder, complete or partial, and return its path.
+    """Write `report.html` into the folder of a study or ladder, complete or partial, and return its path.
 
     Raises UserError where the folder holds no readable `study.json`.
     """
-    study = load_study(folder)
-    write_atomic(study.folder / REPORT, study_page(study))
-    return study.folder / REPORT
+    content = ladder_page(load_ladder(folder)) if is_ladder(folder) else study_page(load_study(folder))
+    write_atomic(Path(folder) / REPORT, content)
+    return Path(folder) / REPORT
 
 
 def write_run_report(folder: str | Path) -> Path:

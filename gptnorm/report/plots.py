@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ _WIDTH = 4.8
 _ARROW_UP = MarkerPath([(0, -1), (0, 1), (-0.6, 0.2), (0, 1), (0.6, 0.2)], [1, 2, 1, 2, 2])
 """An arrow of two strokes, each begun with a move (1) and drawn with lines (2); no strategy's own marker."""
 
-_STRIP = 0.1
+STRIP = 0.1
 """Share of the axis, at its top, that is kept for what has no place on the scale."""
 
 
@@ -44,18 +45,18 @@ def loss_against_lr(study: Study) -> str:
         figure = new_figure(_WIDTH, 3.9 + legend_height(list(study.strategies), _WIDTH))
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        low, high = _loss_range(study)
-        strip = _needs_strip(study, high)
-        top = low + (high - low) / (1 - _STRIP) if strip else high
+        low, high = loss_range(study.rows)
+        strip = needs_strip(study.rows, high)
+        top = low + (high - low) / (1 - STRIP) if strip else high
         axes.set_ylim(low, top)
         for index, row in enumerate(study.rows):
-            _loss_line(axes, row, look(index), high)
+            loss_line(axes, row, look(index), high)
         if strip:
             axes.axhspan(high, top, color="#f1f3f5", zorder=2.5)
             for index, row in enumerate(study.rows):
                 # Points; the marks of one learning rate stay well apart from those of the next.
                 shift = (index - (len(study.rows) - 1) / 2) * min(7.0, 200 / len(study.lrs) / len(study.rows))
-                _strip_marks(axes, row, look(index), high, shift)
+                strip_marks(axes, row, look(index), high, shift)
         if study.unigram_entropy is not None and low < study.unigram_entropy < high:
             axes.axhline(study.unigram_entropy, color=MUTED, linestyle=":", linewidth=1.5)
             axes.annotate(
@@ -67,7 +68,7 @@ def loss_against_lr(study: Study) -> str:
                 color=MUTED,
                 fontsize=8.5,
             )
-        _lr_ticks(axes, study.lrs)
+        lr_ticks(axes, study.lrs)
         axes.set_xlabel("peak learning rate")
         axes.set_ylabel("validation loss (nats per token)")
         legend_below(figure, axes)
@@ -149,31 +150,33 @@ def all_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = Non
 
 def has_strip(study: Study) -> bool:
     """Whether `loss_against_lr` needs its strip for what diverged or lies above the scale."""
-    return _needs_strip(study, _loss_range(study)[1])
+    return needs_strip(study.rows, loss_range(study.rows)[1])
 
 
-def _loss_range(study: Study) -> tuple[float, float]:
+def loss_range(rows: Sequence[Row]) -> tuple[float, float]:
     """Limits of the loss axis: the bests and their surroundings, not the far ends of the sweep."""
-    means = sorted(entry.mean for row in study.rows for entry in row.entries if entry.mean is not None)
+    means = sorted(entry.mean for row in rows for entry in row.entries if entry.mean is not None)
     if not means:
         return 0.0, 1.0
     low, worst = means[0], means[-1]
-    seeds = [loss for row in study.rows for entry in row.entries if entry.complete for loss in entry.losses.values()]
+    seeds = [loss for row in rows for entry in row.entries if entry.complete for loss in entry.losses.values()]
     low = min([low, *seeds])
     # Every strategy's best with as much room again, and at least 15 % above the lowest loss.
-    bests = [best_loss(row) for row in study.ranked]
+    bests = [best_loss(row) for row in rows if row.best is not None]
     wanted = low + max(2 * (max(bests, default=low) - low), 0.15 * abs(low))
     high = worst if worst - low <= 1.6 * (wanted - low) else wanted
     span = max(high - low, 1e-3, 1e-4 * abs(low))
     return low - 0.06 * span, high + 0.08 * span
 
 
-def _needs_strip(study: Study, high: float) -> bool:
-    entries = [entry for row in study.rows for entry in row.entries]
+def needs_strip(rows: Sequence[Row], high: float) -> bool:
+    """Whether a mean lies above `high`, or a seed diverged."""
+    entries = [entry for row in rows for entry in row.entries]
     return any(entry.diverged or (entry.mean is not None and entry.mean > high) for entry in entries)
 
 
-def _loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
+def loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
+    """Mean loss against learning rate, single seeds as dashes, the best ringed."""
     lrs = [entry.lr for entry in row.entries]
     means = [np.nan if entry.mean is None else entry.mean for entry in row.entries]
     axes.plot(
@@ -182,7 +185,7 @@ def _loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
     points = [(entry.lr, loss) for entry in row.entries for loss in entry.losses.values() if loss <= high]
     if points:
         axes.plot(*zip(*points, strict=True), linestyle="", marker="_", markersize=7, color=how.colour, alpha=0.6)
-    if row.best is not None:
+    if row.best is not None and best_loss(row) <= high:
         axes.plot(
             [row.best.lr],
             [best_loss(row)],
@@ -196,7 +199,7 @@ def _loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
         )
 
 
-def _strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> None:
+def strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> None:
     """× and ↑ in the strip; `shift` (points) keeps strategies at the same learning rate apart."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -208,7 +211,7 @@ def _strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> 
     ):
         marks = axes.plot(
             lrs,
-            [1 - _STRIP / 2] * len(lrs),
+            [1 - STRIP / 2] * len(lrs),
             linestyle="",
             marker=marker,
             color=how.colour,
@@ -248,7 +251,8 @@ def _curve_range(curves: list[Curve], shown: list[Curve] | None = None) -> tuple
     return low - 0.08 * span, high + 0.25 * span
 
 
-def _lr_ticks(axes: Axes, lrs: tuple[float, ...]) -> None:
+def lr_ticks(axes: Axes, lrs: Sequence[float]) -> None:
+    """The learning rates tried, and room beside them."""
     stride = -(-len(lrs) // 8)
     axes.set_xticks(list(lrs), [lr_text(lr) if index % stride == 0 else "" for index, lr in enumerate(lrs)])
     axes.set_xticks([], minor=True)

@@ -10,6 +10,7 @@ finished. At the lowest or highest learning rate of the grid such a best is no o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,8 @@ class Cell:
     """The run's folder, relative to the study's."""
     seconds: float | None
     parameters: int | None
+    signal: Mapping[str, Any]
+    """Of a ladder's cell: signal propagation, see `gptnorm.study.signal`."""
 
     @property
     def finished(self) -> bool:
@@ -210,18 +213,24 @@ def sample_sd(values: list[float]) -> float | None:
     return finite(math.sqrt(squares / (len(values) - 1)))
 
 
-def load_study(folder: str | Path) -> Study:
+def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Study:
     """Read a study folder; one that was stopped midway gives a partial study.
 
-    Raises UserError where `study.json` is missing, cannot be read, or names no grid.
+    Args:
+        rung: of a ladder, the fields that mark a rung's lines in the ledger; its grid is then the study.
+
+    Raises UserError where `study.json` is missing, cannot be read, names no grid, or is a ladder's and no rung is asked
+    for.
     """
     folder = Path(folder)
     path = folder / "study.json"
     raw = read_object(path)
+    if "ladder" in raw and rung is None:
+        raise UserError(f"{path}: a ladder of models, not one grid")
     strategies = tuple(str(name) for name in _grid(raw, "strategies", path))
     lrs = tuple(sorted(_learning_rate(value, path) for value in _grid(raw, "lrs", path)))
     seeds = tuple(int(seed) for seed in _grid(raw, "seeds", path))
-    cells, outside = _read_cells(folder / "cells.jsonl", strategies, lrs, seeds)
+    cells, outside = _read_cells(folder / "cells.jsonl", strategies, lrs, seeds, rung or {})
     settings = raw.get("settings") or {}
     return Study(
         folder=folder,
@@ -258,12 +267,18 @@ def _learning_rate(value: object, path: Path) -> float:
 
 
 def _read_cells(
-    path: Path, strategies: tuple[str, ...], lrs: tuple[float, ...], seeds: tuple[int, ...]
+    path: Path,
+    strategies: tuple[str, ...],
+    lrs: tuple[float, ...],
+    seeds: tuple[int, ...],
+    rung: Mapping[str, Any],
 ) -> tuple[tuple[Cell, ...], int]:
     """The outcomes of the grid and the number of those outside it; of a repeated run the last counts."""
     found: dict[tuple[str, float, int], Cell] = {}
     outside: set[tuple[Any, ...]] = set()
     for raw in read_lines(path):
+        if any(raw.get(key) != value for key, value in rung.items()):
+            continue
         try:
             strategy, lr, seed = str(raw["strategy"]), float(raw["lr"]), int(raw["seed"])
         except (KeyError, TypeError, ValueError):
@@ -283,6 +298,7 @@ def _read_cells(
             run=str(raw.get("run") or ""),
             seconds=finite(raw.get("seconds")),
             parameters=None if parameters is None else int(parameters),
+            signal=raw.get("signal") or {},
         )
     order = [(strategy, lr, seed) for strategy in strategies for lr in lrs for seed in seeds]
     return tuple(found[key] for key in order if key in found), len(outside)

@@ -12,6 +12,7 @@ from gptnorm.report.page import Markup, tag
 from gptnorm.report.records import finite, read_config, read_lines, read_object_if_there
 from gptnorm.report.run_plot import run_curves
 from gptnorm.report.shared import environment_pairs, setting_table
+from gptnorm.report.watch_page import watch_sections
 from gptnorm.tables import flatten
 
 
@@ -37,6 +38,7 @@ def run_page(folder: Path) -> str:
     if plot is not None:
         alt = "Training and validation loss over steps, and the learning rate below."
         content.append(page.section("Loss", [page.figure(plot, alt)]))
+    content += watch_sections(read_lines(folder / "watch.jsonl"))
     if config:
         content.append(page.details(f"Settings ({len(config)})", [setting_table(config)]))
     if environment:

@@ -71,8 +71,8 @@ def study_page(study: Study) -> str:
         page.section("Validation loss by strategy and learning rate", [_grid_table(study), _notes(study)]),
         *_ranking(study),
         *plots,
-        _settings(study),
-        _provenance(study),
+        settings_section(study),
+        provenance_section(study),
         page.section("Before you quote this", [tag("ul", [tag("li", page.prose(note)) for note in caveats(study)])]),
     ]
     return page.page(study.title, content)
@@ -148,7 +148,8 @@ def _ranking(study: Study) -> list[Markup]:
     return [page.section(label, [ranking, tag("p", note, class_="notes")])]
 
 
-def _settings(study: Study) -> Markup:
+def settings_section(study: Study) -> Markup:
+    """What differs between the strategies, and what they share."""
     label = "Settings that differ between the strategies"
     content: list[Markup] = []
     if study.differing:
@@ -167,7 +168,8 @@ def _settings(study: Study) -> Markup:
     return page.section(label, content)
 
 
-def _provenance(study: Study) -> Markup:
+def provenance_section(study: Study) -> Markup:
+    """Command, data, versions and every run."""
     data = study.data
     items = [
         ("Recipe", study.recipe or "not recorded"),

@@ -129,15 +129,15 @@ def markdown_table(study: Study) -> str:
         cells = []
         for entry in row.entries:
             text = cell_text(study, row, entry)
-            escaped = _escape(str(text))
+            escaped = escape(str(text))
             cells.append(f"**{escaped}**" if text.best else escaped)
-        lines.append(f"| {_escape(row.strategy)} | " + " | ".join(cells) + " |")
-    notes = "  \n".join(_escape(note) for note in footnotes(study))
+        lines.append(f"| {escape(row.strategy)} | " + " | ".join(cells) + " |")
+    notes = "  \n".join(escape(note) for note in footnotes(study))
     return "\n".join(lines) + f"\n\n{notes}\n"
 
 
-def _escape(text: str) -> str:
-    """Keep pipes, stars and brackets of the data from being read as Markdown or HTML."""
+def escape(text: str) -> str:
+    """Keeps pipes, stars and brackets of the data from being read as Markdown or HTML."""
     for sign in "\\|*_`<>[":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

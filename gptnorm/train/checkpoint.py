@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gptnorm.errors import UserError
+from gptnorm.errors import UserError, bad_value
 from gptnorm.files import sha256_file, sync_folder, write_atomic
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -57,12 +57,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         UserError: a file is missing, changed, or of another model.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if sha256_file(path / name) != manifest[name]:
-                raise UserError(f"{path / name}: damaged (its sha256 is not the manifest's)")
-        _fill(_model_tensors(model), load_file(path / "model.safetensors"), path / "model.safetensors")
+        _verify(path, "optimizer.safetensors")
+        state = load_model(path, model)
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), path / "optimizer.safetensors")
+        return state
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: not a complete checkpoint ({error})") from None
+
+
+def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Fills the model alone, in place, and returns the state; errors as `load_checkpoint`."""
+    try:
+        _verify(path, "model.safetensors", "state.json")
+        _fill(_model_tensors(model), load_file(path / "model.safetensors"), path / "model.safetensors")
         return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: not a complete checkpoint ({error})") from None
@@ -71,6 +78,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step."""
     return max(_complete(folder), key=_step, default=None)
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The complete checkpoint of a step; UserError, with those that there are, if there is none."""
+    found = {_step(path): path for path in _complete(folder)}
+    if step not in found:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise bad_value("--step", step, f"{folder} holds the steps: {there}")
+    return found[step]
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -85,6 +101,13 @@ def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
+
+
+def _verify(path: Path, *names: str) -> None:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    for name in names:
+        if sha256_file(path / name) != manifest[name]:
+            raise UserError(f"{path / name}: damaged (its sha256 is not the manifest's)")
 
 
 def _step(path: Path) -> int:

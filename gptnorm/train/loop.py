@@ -27,6 +27,7 @@ from gptnorm.train.optim import build_optimizer, set_lr
 from gptnorm.train.progress import Silent, Watcher
 from gptnorm.train.run_folder import RunFolder, Status
 from gptnorm.train.schedule import lr_factor
+from gptnorm.train.watch import Watch, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Result:
 
 def start_run(config: Config, shards: Shards, path: Path, watcher: Watcher | None = None) -> Result:
     """Trains a new run into `path`; everything that can be wrong with the input is found before it is made."""
-    with _within_memory(config):
+    with within_memory(config):
         trainer = _Trainer(config, shards, watcher or Silent())
         return trainer.run(RunFolder.create(path, config, describe_environment(trainer.device)))
 
@@ -59,7 +60,7 @@ def resume_run(path: Path, shards: Shards, watcher: Watcher | None = None) -> Re
     if checkpoint is None:
         raise UserError(f"{path}: has no checkpoint to resume from; checkpoint.every sets how often one is written")
     config = folder.config()
-    with _within_memory(config):
+    with within_memory(config):
         trainer = _Trainer(config, shards, watcher or Silent())
         trainer.restore(checkpoint)
         folder.rewind(trainer.step)
@@ -85,6 +86,7 @@ class _Trainer:
         self.objective: Callable[[Tensor], Objective] = self.model.objective
         if train.compile:
             self.loss, self.objective = torch.compile(self.loss), torch.compile(self.objective)
+        self.watch = Watch(self.model, config.watch, self._autocast)
         self.step = 0
         self.seconds = 0.0
 
@@ -153,9 +155,14 @@ class _Trainer:
 
         lr = config.optim.lr * lr_factor(self.step, config.train.steps, config.optim)
         set_lr(self.optimizer, lr)
+        self.watch.before_step(self.step + 1, micros[0])
         self.optimizer.step()
         self.model.after_step()
         self.step += 1
+        reading = self.watch.after_step()
+        if reading is not None:
+            folder.log_watch(step=self.step, **reading)
+            board.log(self.step, "watch", summarize(reading))
 
         seconds = time.monotonic() - started
         tokens_seen = self.step * config.train.batch_size * config.train.seq_len
@@ -267,7 +274,7 @@ def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarr
 
 
 @contextlib.contextmanager
-def _within_memory(config: Config) -> Iterator[None]:
+def within_memory(config: Config) -> Iterator[None]:
     """Tells in one line that a model or a batch does not fit."""
     try:
         yield

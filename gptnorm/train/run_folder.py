@@ -5,6 +5,7 @@
 | config.toml | the resolved settings |
 | environment.json | versions, device, commit |
 | metrics.jsonl | one object a line, each with `step` (updates done), `split` and `loss` |
+| watch.jsonl | one object a line, each with `step`; see `gptnorm.train.watch`. Only if something is watched |
 | status.json | `status` (running, finished, diverged, interrupted), `step`, `val_loss`, `reason` |
 | checkpoints/step-NNNNNN/ | see `gptnorm.train.checkpoint` |
 | report.html | the same for people |
@@ -31,6 +32,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+        self._watch = path / "watch.jsonl"
         self._lines: Any = None
 
     @classmethod
@@ -72,23 +74,25 @@ class RunFolder:
         self._lines.write(json.dumps(fields) + "\n")
         self._lines.flush()
 
+    def log_watch(self, **fields: Any) -> None:
+        """Appends a line to watch.jsonl; these are few, so the file is not kept open."""
+        with self._watch.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields, allow_nan=False) + "\n")
+
     def metrics(self) -> list[dict[str, Any]]:
         """Every complete line of metrics.jsonl; a kill may have left half a line at the end."""
         if not self._metrics.is_file():
             raise UserError(f"{self._metrics}: no such file, so the run cannot be continued")
-        found = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
+        return _complete_lines(self._metrics)
 
     def rewind(self, step: int) -> None:
         """Drops every line after `step`, so that after a resume each step stands once."""
         self.close()
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        write_atomic(self._metrics, "".join(kept))
+        files = {self._metrics: self.metrics()}
+        if self._watch.is_file():
+            files[self._watch] = _complete_lines(self._watch)
+        for path, lines in files.items():
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
 
     def set_status(
         self, status: Status, step: int, *, val_loss: float | None = None, reason: str | None = None
@@ -106,6 +110,16 @@ class RunFolder:
         if self._lines is not None:
             self._lines.close()
             self._lines = None
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
 
 
 def free_run_dir(recipe: str, strategy: str) -> Path:

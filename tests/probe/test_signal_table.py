@@ -1,0 +1,66 @@
+"""The page of the signal-propagation table is that of its numbers, and its script still measures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("signal_propagation", ROOT / "benchmarks" / "signal_propagation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while the class is made.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_made_of_the_numbers(script: ModuleType) -> None:
+    """No number of the two tables was typed by hand."""
+    record = json.loads((script.FOLDER / "results.json").read_text(encoding="utf-8"))
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(record)
+    for positions in script.POSITIONS:
+        assert script.table(record, positions).count("\n") == 2 + len(script.ROWS)
+
+
+def test_recorded_rows_are_those_of_the_script(script: ModuleType) -> None:
+    """What a row's strategy and options were when it was measured, and what the check found."""
+    record = json.loads((script.FOLDER / "results.json").read_text(encoding="utf-8"))
+    rows = {(row.scheme, row.init): row for row in script.ROWS}
+    for entry in record["rows"]:
+        row = rows[entry["scheme"], entry["init"]]
+        assert (entry["strategy"], entry["own"], entry["options"]) == (row.strategy, row.own, row.options)
+        if entry["layers"] == script.SHOWN_LAYERS:
+            assert tuple(entry["theirs"]) == row.theirs
+
+
+def test_rows_can_be_measured(script: ModuleType) -> None:
+    """At four blocks: a PreNorm stream of unit branches grows by about 1.4 a block (spannorm notes, 7)."""
+    rows = {row.name: script.measure(row, 4, 0, 352, "none") for row in script.ROWS}
+    assert rows["PreNorm unit"]["variance"] == pytest.approx(1 + 4 * 1.3, rel=0.15)
+    assert rows["PreNorm s2L"]["variance"] < 2
+    # Variance of a PostNorm sum whose branch has unit variance: 2 and a little.
+    assert rows["PostNorm unit"]["variance"] == pytest.approx(2.1, abs=0.4)
+    # Both readings of the norm of the whole block keep cos(x_l, x_{l+1}) = 1/sqrt(1 + s^2), s^2 = 1/4 and 1.
+    assert rows["SpanNorm A ffnL"]["cosine"] == pytest.approx(0.8**0.5, abs=0.03)
+    assert rows["SpanNorm A unit"]["cosine"] == pytest.approx(0.5**0.5, abs=0.06)
+
+
+def test_agreement_is_judged_against_the_range_over_seeds(script: ModuleType) -> None:
+    ours = {"median": 2.0, "low": 1.5, "high": 3.0}
+    assert script.agrees("ratio", 3.8, ours)
+    assert not script.agrees("ratio", 4.0, ours)
+    assert not script.agrees("ratio", 1.0, ours)
+    assert script.agrees("cosine", 0.97, {"median": 1.0, "low": 1.0, "high": 1.0})
+    assert not script.agrees("cosine", 0.9, {"median": 1.0, "low": 1.0, "high": 1.0})
+    assert not script.agrees("ratio", 1.0, {"median": None, "low": None, "high": None})
