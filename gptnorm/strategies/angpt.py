@@ -142,7 +142,7 @@ class AnGPT(Strategy):
     def refuses(self, options: OptionsConfig) -> dict[str, str]:
         if options.scale_mode in ("forward", "both"):
             return {
-                "scale_mode": "its residual moves towards branches of norm 1, and a depth factor would make them shorter"
+                "scale_mode": "its residual moves towards branches of norm 1; a depth factor would make them shorter"
             }
         return {}
 
