@@ -4,9 +4,11 @@
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-python3 -m pytest -q -m gpu tests/train
+python3 -m pytest -q -m gpu tests
+# one of each kind: twenty compiled models would take the hour
 python3 benchmarks/step_time.py papers/nanogpt/defaults train.batch_size=16 train.accumulate=1 \
-    --relative-to prenorm_qknorm
+    --relative-to prenorm_qknorm \
+    --strategies prenorm,prenorm_qknorm,postnorm,periln,simplenorm,angpt,ngpt,spannorm,siamesenorm
 # three 1B models with their optimizer states take about 50 GB
 python3 benchmarks/step_time.py papers/simplegpt/1B train.batch_size=8 train.accumulate=1 \
     --relative-to prenorm_qknorm --strategies prenorm,simplenorm
