@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -50,9 +51,9 @@ def test_commands_exist(page: Path) -> None:
                 assert words[2] in STRATEGIES, line
             if words[1] == "study":
                 settings = tuple(word for word in shlex.split(line, comments=True)[4:] if "=" in word)
-                assert words[2] in ("depth", "width"), line
+                ladder = {"grid": None, "depth": "depth", "width": "width"}[words[2]]
                 recipe = load_recipe(words[3])
-                make_cells(recipe, read_study(recipe, settings, "depth" if words[2] == "depth" else "width"), settings)
+                make_cells(recipe, read_study(recipe, settings, ladder), settings)
 
 
 def test_tables_are_those_of_their_ledgers() -> None:
@@ -68,3 +69,20 @@ def test_tables_are_those_of_their_ledgers() -> None:
         assert any(table.rstrip() in page for page in pages), folder.name
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert markdown_table(load_study(results / "quickstart")).rstrip() in readme
+
+
+def test_the_catalogue_is_that_of_its_ledgers() -> None:
+    """Page and record of what was measured, made again from the ledgers; no strategy is missing."""
+    from gptnorm.strategies import STRATEGIES
+    from gptnorm.strategies.measured import measurements
+
+    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "benchmarks" / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    catalogue = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(catalogue)
+    results = ROOT / "docs" / "results"
+    assert (results / "catalogue.md").read_text(encoding="utf-8") == catalogue.page(results)
+    record = ROOT / "gptnorm" / "strategies" / "measured.json"
+    assert record.read_text(encoding="utf-8") == catalogue.records(results)
+    assert set(measurements()) == set(STRATEGIES)
