@@ -93,8 +93,10 @@ class CausalAttention(nn.Module):
     def _logits(self, q_BHTE: Tensor, k_BGTE: Tensor) -> Tensor:
         """Attention logits before any mask, in fp32 or better."""
         share = self.shape.n_heads // self.shape.n_kv_heads
-        scores_BHTT = q_BHTE @ k_BGTE.repeat_interleave(share, dim=1).mT
-        return scores_BHTT.to(torch.promote_types(scores_BHTT.dtype, torch.float32)) * self.softmax_scale
+        exact = torch.promote_types(q_BHTE.dtype, torch.float32)
+        with torch.autocast(q_BHTE.device.type, enabled=False):
+            q, k = q_BHTE.to(exact), k_BGTE.to(exact).repeat_interleave(share, dim=1)
+            return (q @ k.mT) * self.softmax_scale
 
     @torch.no_grad()
     def _watch_logits(self, q_BHTE: Tensor, k_BGTE: Tensor) -> None:

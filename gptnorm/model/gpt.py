@@ -80,6 +80,9 @@ class GPT(nn.Module):
 
     Built on the `meta` device it holds no numbers; `to_empty(device=…)` and `init_weights(seed)`
     then give the same model as building it directly.
+
+    In training mode QK-clip and bias balancing count what passes, for their next `after_step`; `eval()`
+    leaves every buffer alone, so that a measurement changes nothing (and forward-mode derivatives work).
     """
 
     def __init__(
@@ -117,11 +120,14 @@ class GPT(nn.Module):
         return h_BTD
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of predicting tokens 1 … T-1 from those before them."""
+        """Mean cross-entropy in nats of predicting tokens 1 … T-1 from those before them.
+
+        What is reported; what is trained is `objective`, which differs by the auxiliary losses.
+        """
         return _cross_entropy(self(tokens_BT[:, :-1]), tokens_BT[:, 1:])
 
     def objective(self, tokens_BT: Tensor) -> Objective:
-        """The loss with the auxiliary losses of strategy and experts."""
+        """The loss with the auxiliary losses of options and experts; without them `total` is `loss`."""
         h_BTD, routings = self._run(tokens_BT[:, :-1])
         logits_BTV = self._head(h_BTD)
         loss = total = _cross_entropy(logits_BTV, tokens_BT[:, 1:])

@@ -140,11 +140,15 @@ class AnGPT(Strategy):
         return Constraint(axis=-1, kind="bound" if self.bound == "hard" else "penalty")
 
     def refuses(self, options: OptionsConfig) -> dict[str, str]:
+        found = {}
+        for key in ("qk_norm", "v_norm"):
+            if getattr(options, key) == "full":
+                found[key] = "every head has norm 1 here, and a norm over all heads together would make them shorter"
         if options.scale_mode in ("forward", "both"):
-            return {
-                "scale_mode": "its residual moves towards branches of norm 1; a depth factor would make them shorter"
-            }
-        return {}
+            found["scale_mode"] = (
+                "its residual moves towards branches of norm 1, and a factor would make them shorter"
+            )
+        return found
 
 
 def _nu(role: Role, shape: Shape) -> float:

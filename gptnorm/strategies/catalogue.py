@@ -23,7 +23,7 @@ def show_all(console: Console) -> None:
     table.add_column("at rate", justify="right", no_wrap=True)
     found = measurements()
     for name, strategy in STRATEGIES.items():
-        loss = f"{found[name].mean:.3f} ± {found[name].sd:.3f}" if name in found else "–"
+        loss = found[name].loss if name in found else "–"
         rate = f"{found[name].lr:g}" if name in found else ""
         table.add_row(name, strategy.card.title, strategy.card.equation, loss, rate)
     table.caption = (

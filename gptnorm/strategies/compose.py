@@ -184,8 +184,10 @@ def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:
 
 
 OFFERED: dict[str, dict[str, Any]] = {
-    "qk_norm": {"qk_norm": "head"},
-    "v_norm": {"v_norm": "head"},
+    "qk_norm=head": {"qk_norm": "head"},
+    "qk_norm=full": {"qk_norm": "full"},
+    "v_norm=head": {"v_norm": "head"},
+    "v_norm=full": {"v_norm": "full"},
     "attention_softcap": {"attention_softcap": 50.0},
     "logit_softcap": {"logit_softcap": 30.0},
     "z_loss": {"z_loss": 1e-4},

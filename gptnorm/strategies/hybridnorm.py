@@ -41,7 +41,8 @@ class HybridNorm(PreNorm):
         rope="query/key norm per head, then RoPE",
         folds="the gain of v into W_o, the final one into an untied head; the others stay",
         claims="better than PreNorm and PostNorm at 1.2B (16 layers, 1T tokens) and for a 1B-7B mixture of experts "
-        "(500B tokens), by up to 3.8 % on benchmarks; in SiameseNorm's tests it diverges at rates from 1e-3",
+        "(500B tokens), by up to 3.8 % on benchmarks (as its README and summaries report); in SiameseNorm's tests it "
+        "diverges at rates from 1e-3",
         ours="of its initialisation the depth factor is taken, its std sqrt(2/(5d)) is not: init.std stays the "
         "recipe's. The paper uses the starred form for its mixture of experts; the plain one is the default here",
     )

@@ -18,26 +18,24 @@ class Measured:
 
     lr: float
     """The best peak learning rate of the screen."""
-    losses: tuple[float, ...]
-    """Validation losses in nats per token at that rate, one for each seed, none of them the screen's."""
+    losses: tuple[float | None, ...]
+    """Validation losses in nats per token at that rate, one for each seed (None: it diverged), none the screen's."""
     screen: dict[float, float | None]
     """Loss of the screen's seed at each rate tried; None where it diverged."""
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses)
-
-    @property
-    def sd(self) -> float:
-        """Sample standard deviation over the seeds (ddof 1)."""
-        return statistics.stdev(self.losses)
+    def loss(self) -> str:
+        """Mean ± sample standard deviation over the seeds (ddof 1), or how many of them diverged."""
+        finished = [loss for loss in self.losses if loss is not None]
+        if len(finished) < len(self.losses):
+            return f"diverged ({len(self.losses) - len(finished)} of {len(self.losses)})"
+        return f"{statistics.fmean(finished):.3f} ± {statistics.stdev(finished):.3f}"
 
     def __str__(self) -> str:
         tried = [f"{lr:g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in self.screen.items()]
         return (
-            f"laptop size (d 64, 4 blocks, 400 steps; docs/results/catalogue.md): validation loss {self.mean:.4f} ± "
-            f"{self.sd:.4f} over {len(self.losses)} seeds at its best rate {self.lr:g}; another seed by rate: "
-            + ", ".join(tried)
+            f"laptop size (d 64, 4 blocks, 400 steps; docs/results/catalogue.md): validation loss {self.loss} over "
+            f"{len(self.losses)} seeds at its best rate {self.lr:g}; another seed by rate: {', '.join(tried)}"
         )
 
 

@@ -7,12 +7,13 @@ r"""SpanNorm: one residual over the whole block, normed where it ends.
 The skip of the second sum is the block's input, not y: the norm of the attention aggregate feeds the
 feed-forward alone, and one norm per block stands on the identity route instead of PostNorm's two. The
 first attention reads N0(x), its skip stays raw. No final norm: x_L is N2's output. A depth factor
-m = 1/√(2L) on the feed-forward branch keeps gradients bounded in depth (options.scale_mode = "forward";
-"init" puts it into the initialisation of W_o and W_down instead, the literal sense of "ScaleInit").
+m = 1/√(2L) on the feed-forward branch keeps gradients bounded in depth (options.scale_mode = "forward",
+options.scale_target = "ffn"; "init" and "both" put it into the initialisation of W_o and W_down instead,
+the literal sense of "ScaleInit").
 
 Source: arXiv 2601.22580, whose body was not at hand. The block follows public third-party code that
 cites the paper's equations 5-8; where the depth factor stands and how large it is are our derivation.
-The other readings are one option away.
+The other readings are options.
 """
 
 from __future__ import annotations

@@ -115,6 +115,16 @@ def test_qk_clip(backbone: BackboneName) -> None:
     assert model.blocks[0].attn.largest_logit.eq(0).all()
 
 
+def test_logits_are_exact_under_autocast() -> None:
+    """A product in bf16 would round logits near 50 to quarters."""
+    model = tiny_gpt("prenorm", "llama2", n_layers=1, options={"qk_clip": 1e9})
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model.blocks[0].attn.q.weight.mul_(100)
+        q, k, *_ = head_outputs(model, tokens())
+    exact = logits(model, q.float(), k.float()).amax((0, 2, 3))
+    torch.testing.assert_close(model.blocks[0].attn.largest_logit, exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"qk_clip": 5.0}, {"attention_softcap": 2.0, "logit_softcap": 9.0, "z_loss": 0.1}])
 def test_options_compile(options: dict[str, Any]) -> None:
     model = tiny_gpt("prenorm", "llama3", options=options)
@@ -242,6 +252,8 @@ def preset_qk_norm(strategy: str) -> bool:
         ("simplenorm", {"scale_mode": "init"}, "would not change the forward pass"),
         ("ngpt", {"scale_mode": "init"}, "brought to norm 1"),
         ("angpt", {"scale_mode": "forward"}, "norm 1"),
+        ("angpt", {"v_norm": "full"}, "every head has norm 1"),
+        ("deepnorm", {"scale_mode": "none"}, "would stay"),
         ("prenorm", {"qk_clip": 10.0, "qk_norm": "full"}, "smaller weights would change nothing"),
     ],
 )
