@@ -6,8 +6,8 @@
 Random tokens and targets, vocabulary 512, d 128, head width 32, SwiGLU of width 352 (8/3 d, rounded up to a multiple
 of 32), 2 sequences of 64 tokens, fp64, gains 1, embedding of standard deviation 1, `init.std = "unit"` (every branch
 has about unit output variance), with and without rotary positions. `--rows` measures only the rows whose name holds
-TEXT; what was measured before is kept. The numbers go to docs/results/signal-propagation/results.json, the page is
-made from them and from frame.txt beside it.
+TEXT; what was measured before is kept. The numbers go to docs/results/signal-propagation/results.json, each row with
+where it was measured; the page is made from them and from frame.txt beside it.
 
 "theirs" are the numbers of a numerical check by the authors of this project's notes on SpanNorm (arXiv 2601.22580),
 made with a throw-away script before this code existed: an independent implementation, not the paper's own table.
@@ -20,6 +20,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ PAGE = FOLDER.with_suffix(".md")
 VOCAB, WIDTH, HEADS, LENGTH, SEQUENCES = 512, 128, 4, 64, 2
 SHOWN_LAYERS = 128
 POSITIONS = ("none", "rope")
+SEEDS = (0, 1, 2, 3, 4)
+"""Of every row on the page."""
+FACTOR = 1.1
+"""How far beyond our range over seeds their number may lie."""
 
 UNIT: dict[str, Any] = {"scale_mode": "none"}
 S2L: dict[str, Any] = {"scale_mode": "init", "scale_target": "both", "scale_count": "2L"}
@@ -55,6 +60,7 @@ COLUMNS = {
     "token_cosine": "token cos",
     "q_over_v": "q/v",
 }
+COSINES = ("cosine", "token_cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +192,30 @@ def spread(values: list[float]) -> dict[str, float | None]:
 
 
 def agrees(column: str, theirs: float, ours: dict[str, float | None]) -> bool:
-    """Whether their single number lies within our seeds' range, widened for the noise of one more draw."""
+    """Whether their single number lies within our seeds' range, widened by `FACTOR`.
+
+    A cosine c has to do so both as c and as 1 - c: a difference of 0.03 is much next to 0 and next to 1.
+    """
     low, high = ours["low"], ours["high"]
     if low is None or high is None:
         return False
-    if column in ("cosine", "token_cosine"):
-        return low - 0.03 <= theirs <= high + 0.03
-    return low / 1.3 <= theirs <= high * 1.3
+    if column not in COSINES:
+        return _meet((theirs, theirs), (low, high))
+    # As printed there: cosines of blocks that hardly turn have three decimals, all others two.
+    rounding = 0.0005 if column == "cosine" and theirs > 0.99 else 0.005
+    least, most = theirs - rounding, theirs + rounding
+    return _meet((least, most), (low, high)) and _meet((1 - most, 1 - least), (1 - high, 1 - low))
+
+
+def _meet(theirs: tuple[float, float], ours: tuple[float, float]) -> bool:
+    """Whether two intervals overlap once ours is widened by the factor; an end below 0 moves down as well."""
+    low, high = ours
+    return theirs[1] >= min(low / FACTOR, low * FACTOR) and theirs[0] <= max(high / FACTOR, high * FACTOR)
+
+
+def is_bound(column: str, theirs: float | None) -> bool:
+    """Whether their cosine is rounded to 0 or 1, so that it only says how large ours (or 1 - ours) may be."""
+    return column in COSINES and theirs in (0.0, 1.0)
 
 
 def table(record: dict[str, Any], positions: str) -> str:
@@ -218,22 +241,33 @@ def _short(value: float | None) -> str:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page: its frame from `frame.txt` beside the results, the table from the numbers."""
-    environment = record["environment"]
+    """The page: its frame from `frame.txt` beside the results, the tables and counts from the numbers."""
     frame = (FOLDER / "frame.txt").read_text(encoding="utf-8")
-    where = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"
-    for positions in POSITIONS:
-        frame = frame.replace(f"{{{positions}}}", table(record, positions).rstrip())
-    first = table(record, POSITIONS[0])
-    compared = sum(theirs is not None for row in ROWS for theirs in row.theirs)
-    frame = frame.replace("{marked}", str(first.count("‡"))).replace("{compared}", str(compared))
-    return frame.replace("{where}", where)
+    cells = [(column, theirs) for row in ROWS for column, theirs in zip(COLUMNS, row.theirs, strict=True)]
+    numbers = {
+        **{positions: table(record, positions).rstrip() for positions in POSITIONS},
+        "marked": table(record, POSITIONS[0]).count("‡"),
+        "compared": sum(theirs is not None for _, theirs in cells),
+        "bounds": sum(is_bound(column, theirs) for column, theirs in cells),
+        "factor": FACTOR,
+        "where": where(record),
+    }
+    for name, value in numbers.items():
+        frame = frame.replace(f"{{{name}}}", str(value))
+    return frame
+
+
+def where(record: dict[str, Any]) -> str:
+    """Where the rows of the page were measured, and how many at each place."""
+    shown = [row["environment"] for row in record["rows"] if row["layers"] == SHOWN_LAYERS]
+    places = Counter(f"{e['device']}, torch {e['torch']}, commit {e['commit']}" for e in shown)
+    return "; ".join(f"{count} rows on {place}" for place, count in places.most_common())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=SHOWN_LAYERS)
-    parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated")
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     parser.add_argument("--positions", default="none,rope")
     parser.add_argument("--d-ff", type=int, default=352)
@@ -263,6 +297,7 @@ def main() -> None:
                 "options": row.options,
                 "seeds": seeds,
                 "d_ff": arguments.d_ff,
+                "environment": describe_environment(torch.device("cpu")),
                 "theirs": row.theirs if arguments.layers == SHOWN_LAYERS else (None,) * 5,
                 "ours": {name: spread([run[name] for run in runs]) for name in runs[0]},
             }
@@ -271,7 +306,6 @@ def main() -> None:
             print(f"{row.name:22} {positions:5} {shown}", flush=True)
             record = {
                 "benchmark": "signal_propagation",
-                "environment": describe_environment(torch.device("cpu")),
                 "rows": sorted(
                     known.values(),
                     key=lambda r: (r["layers"], r["positions"], order.get(f"{r['scheme']} {r['init']}", len(order))),

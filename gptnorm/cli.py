@@ -17,6 +17,7 @@ import gptnorm
 from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError, bad_value
 
 if TYPE_CHECKING:
+    from gptnorm.config import Config
     from gptnorm.train.loop import Result
 
 EXIT_INTERRUPTED = 130
@@ -56,6 +57,7 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     with console.status("preparing the text …"):
         shards = prepare(config.data)
     say(f"{config.model.strategy} on {config.model.backbone}, into {path}")
+    warn(config)
     finish(path, start_run(config, shards, path, make_watcher(console)))
 
 
@@ -69,7 +71,9 @@ def resume(run: Path) -> None:
     from gptnorm.train.run_folder import RunFolder
 
     with console.status("preparing the text …"):
-        shards = prepare(RunFolder.open(run).config().data)
+        config = RunFolder.open(run).config()
+        shards = prepare(config.data)
+    warn(config)
     finish(run, resume_run(run, shards, make_watcher(console)))
 
 
@@ -236,6 +240,15 @@ def write(option: str, path: Path, text: str) -> None:
 def say(line: str) -> None:
     """A plain line, never wrapped or coloured."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def warn(config: Config) -> None:
+    """Says before a run what will make it slow."""
+    from gptnorm.model.moe import slow_experts
+
+    line = slow_experts(config)
+    if line:
+        say(f"warning: {line}")
 
 
 def finish(path: Path, result: Result) -> None:

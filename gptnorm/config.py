@@ -115,7 +115,7 @@ class MoEConfig:
     renormalize: bool = True
     """Whether the weights of a token's chosen experts are divided by their sum."""
     router_norm: bool = False
-    """Whether the router's logits are normed, with the strategy's own norm."""
+    """Whether the router's logits are normed: RMSNorm with a gain per expert, whatever the strategy's own norm is."""
     branch_gain: Literal["none", "sqrt_k", "auto"] | PositiveFloat = "none"
     """Factor gamma of the routed sum that keeps a branch's variance that of a dense one: none, sqrt(top_k), 1 / sqrt(E
     sum g^2) for the router as it was drawn ("auto"), or a number. Unless it is "none", the sum with the shared experts
@@ -133,6 +133,9 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if self.experts and self.top_k > self.experts:
             raise bad_value("moe.top_k", self.top_k, f"at most moe.experts = {self.experts}")
+        if self.experts and self.top_k == 1 and self.renormalize:
+            reason = "one renormalised weight is always 1, so the router would learn nothing from the task"
+            raise bad_value("moe.top_k", self.top_k, f"{reason}; set moe.renormalize=false, or more experts per token")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

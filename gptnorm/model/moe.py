@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptnorm.activations import ACTIVATIONS
-from gptnorm.config import MoEConfig
+from gptnorm.config import Config, MoEConfig
 from gptnorm.model.projection import WeightOwner
 from gptnorm.model.router import Choice, Router, Routing, auto_gain, describe_routing, frozen_routing
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies import Strategy
 
-__all__ = ["MixtureOfExperts", "Routing", "describe_routing", "frozen_routing", "reference_experts"]
+__all__ = ["MixtureOfExperts", "Routing", "describe_routing", "frozen_routing", "reference_experts", "slow_experts"]
 
 
 class ExpertProjection(WeightOwner):
@@ -156,6 +156,17 @@ def takes_grouped_mm(x: Tensor, *widths: int) -> bool:
     if x.device.type not in ("cpu", "cuda") or any(width * x.dtype.itemsize % 16 for width in widths):
         return False
     return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.compiler.is_compiling())
+
+
+def slow_experts(config: Config) -> str | None:
+    """A warning, if the run will pass every token through every expert though it need not."""
+    moe, train = config.moe, config.train
+    if not (moe.experts > moe.top_k and train.compile and train.precision == "fp32"):
+        return None
+    return (
+        f"train.compile with train.precision=fp32 runs every expert on every token, {moe.experts / moe.top_k:.3g} times "
+        "the experts' work; train.precision=bf16 or train.compile=false avoids it"
+    )
 
 
 @contextlib.contextmanager

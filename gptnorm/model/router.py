@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from gptnorm.config import MoEConfig
 from gptnorm.model.projection import WeightOwner
-from gptnorm.norms import NormModule
+from gptnorm.norms import Norm, NormModule
 from gptnorm.shape import Shape
 from gptnorm.strategies import Strategy
+from gptnorm.strategies.base import EPS
 
 
 class Routing(NamedTuple):
@@ -42,7 +43,8 @@ class Routing(NamedTuple):
     entropy: Tensor
     """Mean entropy in nats of the router's distribution over experts, a scalar."""
     dropped: Tensor
-    """The share of the (token, choice) pairs that no expert computed, a scalar: 0."""
+    """The share of the (token, choice) pairs that no expert computed, a scalar: 0 by construction, as there is no
+    capacity; to be compared with implementations that have one."""
 
 
 class Choice(NamedTuple):
@@ -65,7 +67,8 @@ class Router(WeightOwner):
         self.gate_kind: Literal["softmax", "sigmoid"] = config.gate
         self.renormalize = config.renormalize
         if config.router_norm:
-            self.after.append(strategy.make_norm(self.experts.routed, shape).build())
+            # With a gain whatever the strategy's own norm is: logits of a fixed length could never become decisive.
+            self.after.append(Norm(kind="rmsnorm", size=self.experts.routed, eps=EPS).build())
         self.balancer = BiasBalancer(self.experts.routed, config.bias_rate) if config.balance == "bias" else None
         self.freezing = False
         self.frozen: Tensor | None = None
@@ -114,9 +117,8 @@ class Router(WeightOwner):
 
         A constant after the map is not counted: strategies have it where the stream's vectors are not of RMS 1.
         """
-        norms = [step.spec for step in self.after if isinstance(step, NormModule)]
-        if norms:
-            return norms[-1].size ** -0.5 if norms[-1].kind == "l2" else 1.0
+        if any(isinstance(step, NormModule) for step in self.after):
+            return 1.0
         return self.weight.detach().float().square().sum(-1).mean().sqrt().item()
 
 

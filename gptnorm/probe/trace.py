@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gptnorm.model import GPT
 from gptnorm.model.gpt import Block
 from gptnorm.model.projection import WeightOwner
+from gptnorm.model.router import Choice
 from gptnorm.norms import DynamicTanhModule, NormModule
 from gptnorm.probe.measures import (
     exact,
@@ -183,7 +184,7 @@ def _on_input(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Ten
 
 def _on_output(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # A mixture of experts also returns what its router did.
-        see(output if isinstance(output, Tensor) else output[0])
+        # A mixture of experts also returns what its router did; a router's outputs are its logits.
+        see(output.logits_NE if isinstance(output, Choice) else output if isinstance(output, Tensor) else output[0])
 
     stack.callback(module.register_forward_hook(hook).remove)

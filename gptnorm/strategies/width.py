@@ -5,9 +5,14 @@ With $s = d / d_\mathrm{base}$, relative to the draw and the rate of the same re
 | rule | group | initial variance | learning rate |
 |---|---|---|---|
 | both | embedding, positions, gains, learned scales | 1 | 1 |
-| both | hidden matrices, experts, router | 1/s | 1/s |
-| align | head | 1/s | 1/s |
-| mup | head | 1/s² | 1/s |
+| both | hidden matrices, experts | 1/s | 1/s |
+| align | head, router | 1/s | 1/s |
+| mup | head, router | 1/s² | 1/s |
+
+The router is head-like, since its input alone grows with the width (our reading: neither source has one).
+
+Learned scales that are stored apart from what they stand for start and are stored as at the base width. One that is
+stored at 1/√d would move by √d times the learning rate, and an embedding that a scale of √d makes up for would, too.
 
 AdamW decays by (learning rate) x (weight decay), so where the rate is divided by s the decay is multiplied by it, and
 what a step takes off a weight stays the same. The rules hold depth, batch, length of training and the head width
@@ -24,13 +29,14 @@ multiply the decay by s is what the authors' `mup` package does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gptnorm.config import OptimConfig
 from gptnorm.errors import bad_value
+from gptnorm.norms import After, LearnedScale
 from gptnorm.shape import Role, Shape
-from gptnorm.strategies.base import Draw, Group, Strategy
+from gptnorm.strategies.base import Attention, Draw, Group, Strategy
 from gptnorm.strategies.compose import Wrapper
 
 PublishedDraw = Callable[[Role, int, Shape], Draw]
@@ -43,17 +49,35 @@ class WidthRule(Wrapper):
 
     inner: Strategy
     mup: bool
-    """Whether the head follows mup; else it is aligned like a hidden matrix."""
+    """Whether head and router follow mup; else they are aligned like a hidden matrix."""
     base: Shape
     """The same model at the base width."""
     published: PublishedDraw
     """Asked at the base width: some published draws follow the width themselves, others do not."""
 
+    def projection(self, role: Role, layer: int, shape: Shape) -> tuple[After, ...]:
+        real, base = (self.inner.projection(role, layer, at) for at in (shape, self.base))
+        return _with_scales_of(base, real)
+
+    def attention(self, layer: int, shape: Shape) -> Attention:
+        real, base = (self.inner.attention(layer, at) for at in (shape, self.base))
+        if real.qk_scale is None or base.qk_scale is None:
+            return real
+        return replace(real, qk_scale=_at_base(base.qk_scale, real.qk_scale))
+
+    def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
+        real, base = (self.inner.block_parts(layer, at) for at in (shape, self.base))
+        return dict(zip(real, _with_scales_of(base.values(), real.values()), strict=True))
+
+    def end_parts(self, shape: Shape) -> dict[str, After]:
+        real, base = (self.inner.end_parts(at) for at in (shape, self.base))
+        return dict(zip(real, _with_scales_of(base.values(), real.values()), strict=True))
+
     def init(self, role: Role, layer: int, shape: Shape, published: Draw) -> Draw:
         draw = self.inner.init(role, layer, self.base, self.published(role, layer, self.base))
         if _embedding_like(role):
             return draw
-        factor = self._scale(shape) ** (-1.0 if self.mup and role == "head" else -0.5)
+        factor = self._scale(shape) ** (-1.0 if self.mup and role in ("head", "router") else -0.5)
         return replace(draw, std=draw.std * factor, cut=None if draw.cut is None else draw.cut * factor)
 
     def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
@@ -70,6 +94,16 @@ class WidthRule(Wrapper):
 def _embedding_like(role: Role | None) -> bool:
     """Whether one side of the weight alone grows with the width, and it is the output; None: gains and scales."""
     return role in (None, "embed", "position")
+
+
+def _with_scales_of(base: Iterable[After], real: Iterable[After]) -> tuple[After, ...]:
+    """`real`, its learned scales with the numbers of those of `base`; they come in the same order."""
+    scales = (step for step in base if isinstance(step, LearnedScale))
+    return tuple(_at_base(next(scales), step) if isinstance(step, LearnedScale) else step for step in real)
+
+
+def _at_base(base: LearnedScale, real: LearnedScale) -> LearnedScale:
+    return replace(real, init=base.init, scale=base.scale)
 
 
 def apply_width_rule(strategy: Strategy, config: OptimConfig, shape: Shape, published: PublishedDraw) -> Strategy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ def first_nonfinite(model: nn.Module, loss: Callable[[], Tensor]) -> str:
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            if not found and not all(tensor.isfinite().all() for tensor in _tensors(output)):
                 found.append(f"output of {name or 'the model'}")
 
         return hook
@@ -45,3 +45,12 @@ def first_nonfinite(model: nn.Module, loss: Callable[[], Tensor]) -> str:
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"gradient of {name}"
     return "norm of the gradient"
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Every tensor of a module's output: a router's logits and gates, a mixture's sum and losses, a block's streams."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple):
+        for part in output:
+            yield from _tensors(part)

@@ -9,7 +9,7 @@ At a watched step one more forward pass over a few of its sequences, with the we
 | attn_variance, ffn_variance | their mean squares |
 | cosine, token_cosine | $\cos(h_{l-1}, h_l)$; mean cosine of two tokens of a sequence (1: rank collapse) |
 | logit_bound, logit_max | scale max‖q‖ max‖k‖, and the largest attention logit itself; the worst head |
-| gains | by norm or scale: `mean` and `max` of $\lvert\gamma\rvert$ |
+| gains | by norm or scale (numbered where a map has several): `mean` and `max` of $\lvert\gamma\rvert$ |
 | update | by role: $\lVert \Delta W \rVert_F / \lVert W \rVert_F$ of the whole update, `after_step` included |
 
 `update` needs the weights before the step: those of at most `UPDATED_BLOCKS` blocks, of the embedding and of the head
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -100,18 +100,23 @@ class Watch:
     def _gains(self) -> dict[str, dict[str, list[Tensor]]]:
         """Mean and largest |gain| by the norm's place in a block; a block without that norm has nan."""
         nothing = torch.full((), math.nan, device=self.model.embed.weight.device)
-        found: dict[str, dict[str, list[Tensor]]] = {}
+        gains: list[tuple[int, str, str, Tensor]] = []
         for layer, block in enumerate(self.model.blocks):
             for name, module in block.named_modules():
                 value = _gain(module)
-                if value is None:
-                    continue
-                place = name.replace(".norm", "").removeprefix("own.").split(".after.")[0]
-                pair = found.setdefault(
-                    place, {"mean": [nothing] * len(self.model.blocks), "max": [nothing] * len(self.model.blocks)}
-                )
-                size = exact(value).abs()
-                pair["mean"][layer], pair["max"][layer] = size.mean(), size.max()
+                if value is not None:
+                    owner, _, index = name.replace(".norm", "").removeprefix("own.").partition(".after.")
+                    gains.append((layer, owner, index, value))
+        counts = Counter((layer, owner) for layer, owner, _, _ in gains)
+        several = {owner for (_, owner), count in counts.items() if count > 1}
+        found: dict[str, dict[str, list[Tensor]]] = {}
+        for layer, owner, index, value in gains:
+            pair = found.setdefault(
+                f"{owner}.{index}" if owner in several else owner,
+                {"mean": [nothing] * len(self.model.blocks), "max": [nothing] * len(self.model.blocks)},
+            )
+            size = exact(value).abs()
+            pair["mean"][layer], pair["max"][layer] = size.mean(), size.max()
         return found
 
     @torch.no_grad()
