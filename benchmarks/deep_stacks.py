@@ -50,8 +50,8 @@ HEAD = """# Thirty-two blocks: where the norm and the depth factor stand
 
 Llama 2 backbone, d 64, 32 blocks, 64 bytes of Python source, 200 steps of 4 sequences, every map of unit gain at the
 start (`init.std=unit`), AdamW with epsilon 1e-12, the same data in the same order for every cell of a seed. The depth
-factor (2L)^-½ stands in the initialisation of W_o and W_down (init), or multiplies both branches in the forward pass, or
-the feed-forward branch alone (SpanNorm's preset). The rate was picked on seed 0, the losses are those of seeds 1 to 5.
+factor (2L)^-½ stands in the initialisation of W_o and W_down (init), or multiplies both branches in the forward pass,
+or the feed-forward branch alone (SpanNorm's preset). The rate was picked on seed 0, the losses are of seeds 1 to 5.
 Small and short: it tells how unsteady a placement is, not how good at the end. Made by
 `python benchmarks/deep_stacks.py docs/results` from the ledgers beside this page.
 

@@ -230,8 +230,8 @@ class OptimConfig:
     """Fraction of the steps over which wsd decays."""
     width_rule: WidthRuleName = "none"
     """How initial scale and learning rate follow the width, so that a rate tuned at `base_width` holds at another:
-    "align" (Adam LR full align: hidden matrices and head by s = d_model / base_width) or "mup" (the head's initial
-    scale falls with s instead of its root). Where the rate is divided by s the decay is multiplied by it."""
+    "align" (Adam LR full align: hidden matrices and head by s = d_model / base_width) or "mup" (the initial scale of
+    head and router falls with s instead of its root). Where the rate is divided by s the decay is multiplied by it."""
     base_width: Positive | None = None
     """The width at which `lr` was tuned. Has to be set where there is a `width_rule`."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 from gptnorm.config import BackboneName, InitConfig, ModelConfig, MoEConfig
 from gptnorm.model import GPT
 from gptnorm.model.backbones import make_shape
-from gptnorm.shape import Shape
+from gptnorm.shape import Role, Shape
 from gptnorm.strategies import STRATEGIES, find_strategy, make_strategy
 from gptnorm.strategies.registry import preset_options
 
@@ -26,8 +26,10 @@ class Row(NamedTuple):
     strategy: str
     extra: Callable[[Shape], int]
     """Parameters beyond those of the bare matrices and tables."""
-    constrained: bool = False
-    """Whether it puts its weights back after every step."""
+    constraints: Mapping[Role, tuple[Literal[-1, -2], Literal["unit", "bound"]]] = {}
+    """Weights that it puts back after every step: vectors along the axis (-1: rows, -2: columns) to norm 1 or below."""
+    own: Mapping[str, Any] = {}
+    """Its own options here, where two blocks of the default would not show all of it."""
 
 
 def _norms(per_block: int, ends: int) -> Callable[[Shape], int]:
@@ -50,6 +52,11 @@ def _scales_of_ngpt(s: Shape) -> int:
     return s.n_layers * (2 * s.d + s.d_kv + in_feedforward) + s.vocab
 
 
+READING: tuple[Role, ...] = ("q", "k", "v", "gate", "up", "router")
+"""What reads the stream."""
+WRITING: tuple[Role, ...] = ("o", "down")
+ENDS: tuple[Role, ...] = ("embed", "position", "head")
+
 ROWS = (
     Row("prenorm", _norms(2, 1)),
     Row("prenorm_qknorm", lambda s: _norms(2, 1)(s) + s.n_layers * (s.d + s.d_kv)),
@@ -63,20 +70,31 @@ ROWS = (
     # N0; the norm of the embedding where the head shares it
     Row("spannorm", lambda s: _norms(2, 2 if s.tied else 1)(s)),
     Row("keel", _norms(4, 0)),
-    Row("mixln", _norms(2, 1)),
+    # by default no block of two is PostNorm
+    Row("mixln", _norms(2, 1), own={"fraction": 0.5}),
     Row("hybridnorm", lambda s: _norms(1, 1)(s) + 3 * s.n_layers * s.head_dim),
     Row("sandwich", _norms(4, 1)),
     Row("periln", _norms(4, 2)),
     Row("reordered", lambda s: _norms(2, 1)(s) + s.n_layers * (s.d + s.d_kv)),
     Row("simplenorm", _after_every_matrix),
-    # alpha twice per block; s_Z
-    Row("angpt", lambda s: s.n_layers * 2 * s.d + s.vocab, constrained=True),
-    Row("ngpt", _scales_of_ngpt, constrained=True),
+    # alpha twice per block; s_Z. Weight vectors along the input, for every matrix (angpt.md section 2)
+    Row(
+        "angpt",
+        lambda s: s.n_layers * 2 * s.d + s.vocab,
+        constraints={role: (-1, "bound") for role in (*ENDS, *READING, *WRITING)},
+    ),
+    # Vectors along the embedding dimension, which is the output of the maps that write (angpt.md section 6)
+    Row(
+        "ngpt",
+        _scales_of_ngpt,
+        constraints={role: (-2 if role in WRITING else -1, "unit") for role in (*ENDS, *READING, *WRITING)},
+    ),
     Row("residual_dual", _norms(2, 1)),
     # four norms and the scale of X per block
     Row("siamesenorm", lambda s: _norms(5, 3)(s) + 3 * s.n_layers * s.head_dim),
 )
 assert [row.strategy for row in ROWS] == list(STRATEGIES), "every strategy has one row here"
+ROW_OF = {row.strategy: row for row in ROWS}
 
 MOE = MoEConfig(experts=4, top_k=2, shared=1, branch_gain="sqrt_k")
 """What `moe=True` means; the gain is one that a plain transcription can write down."""
@@ -115,14 +133,15 @@ def tiny_gpt(
     """A model of `tiny_shape`, on whatever device is current.
 
     Args:
-        own: the strategy's own options (the `[strategy]` table).
+        own: the strategy's own options (the `[strategy]` table); left out, those of its row.
         options: those that compose with any (the `[options]` table), over the strategy's presets.
         moe: a mixture of experts, `MOE` or another.
     """
+    own = dict(ROW_OF[strategy].own) if own is None else own
     presets = preset_options(find_strategy(strategy)())
     return GPT(
         tiny_shape(backbone, moe, **changes),
-        make_strategy(strategy, own or {}, replace(presets, **(options or {}))),
+        make_strategy(strategy, own, replace(presets, **(options or {}))),
         backbone=backbone,
         init=InitConfig(std="twin"),
         moe=_moe(moe),

@@ -164,8 +164,8 @@ def slow_experts(config: Config) -> str | None:
     if not (moe.experts > moe.top_k and train.compile and train.precision == "fp32"):
         return None
     return (
-        f"train.compile with train.precision=fp32 runs every expert on every token, {moe.experts / moe.top_k:.3g} times "
-        "the experts' work; train.precision=bf16 or train.compile=false avoids it"
+        "train.compile with train.precision=fp32 runs every routed expert on every token, "
+        f"{moe.experts / moe.top_k:.3g} times the work; train.precision=bf16 or train.compile=false avoids it"
     )
 
 

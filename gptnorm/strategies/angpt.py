@@ -145,9 +145,7 @@ class AnGPT(Strategy):
             if getattr(options, key) == "full":
                 found[key] = "every head has norm 1 here, and a norm over all heads together would make them shorter"
         if options.scale_mode in ("forward", "both"):
-            found["scale_mode"] = (
-                "its residual moves towards branches of norm 1, and a factor would make them shorter"
-            )
+            found["scale_mode"] = "its residual moves towards branches of norm 1, and a factor would make them shorter"
         return found
 
 

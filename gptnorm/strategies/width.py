@@ -9,7 +9,7 @@ With $s = d / d_\mathrm{base}$, relative to the draw and the rate of the same re
 | align | head, router | 1/s | 1/s |
 | mup | head, router | 1/s² | 1/s |
 
-The router is head-like, since its input alone grows with the width (our reading: neither source has one).
+The router is head-like, since its input alone grows with the width (our reading: neither table names it).
 
 Learned scales that are stored apart from what they stand for start and are stored as at the base width. One that is
 stored at 1/√d would move by √d times the learning rate, and an embedding that a scale of √d makes up for would, too.
@@ -20,7 +20,8 @@ constant; the logits' 1/√head_dim (mup asks for 1/head_dim) is then a constant
 the gradients' size, which falls with the width: 1e-12 or less for large s.
 
 Weights that are put back to norm 1 keep the projection's scale whatever the draw was; for them a rule is its learning
-rates alone.
+rates alone. Rows of norm 1 have entries of 1/√d, so that for embedding, positions and head, whose rows are vectors of
+the stream, the rate is divided by √s under both rules (ours): a step then turns a row by the same angle at every width.
 
 Sources: align is "Adam LR full align" in standard parameterisation (Everett et al. 2024, arXiv 2407.05872), as
 LongCat-Flash used it (2509.01322); mup is table 3 of Yang et al. 2022 (2203.03466), its column for Adam. That both
@@ -82,10 +83,11 @@ class WidthRule(Wrapper):
 
     def group(self, role: Role | None, layer: int, shape: Shape) -> Group:
         own = self.inner.group(role, layer, shape)
-        if _embedding_like(role):
-            return own
-        scale = self._scale(shape)
-        return Group(lr=own.lr / scale, weight_decay=own.weight_decay * scale)
+        if role in ("embed", "position", "head") and self.inner.constraint(role, layer, shape):
+            factor = self._scale(shape) ** 0.5
+        else:
+            factor = 1.0 if _embedding_like(role) else self._scale(shape)
+        return Group(lr=own.lr / factor, weight_decay=own.weight_decay * factor)
 
     def _scale(self, shape: Shape) -> float:
         return shape.d / self.base.d

@@ -146,7 +146,9 @@ def test_routing_is_exact_under_autocast() -> None:
 )
 @settings(max_examples=25, deadline=None)
 def test_any_sizes(n: int, experts: int, top_k: int, seed: int, **others: Any) -> None:
-    ffn = branch(d=8, d_ff=12, experts=experts, top_k=min(top_k, experts), **others)
+    top_k = min(top_k, experts)
+    others["renormalize"] &= top_k > 1
+    ffn = branch(d=8, d_ff=12, experts=experts, top_k=top_k, **others)
     x = inputs(n, 8, seed=seed)
     with torch.no_grad():
         y, routing = ffn(x[None])
@@ -174,7 +176,7 @@ def test_an_expert_without_tokens() -> None:
 
 
 def test_all_tokens_to_one_expert() -> None:
-    ffn, x = branch(top_k=1), inputs(40, 32).abs()
+    ffn, x = branch(top_k=1, renormalize=False), inputs(40, 32).abs()
     with torch.no_grad():
         ffn.router.weight[:] = 0.0
         ffn.router.weight[2] = 0.1
@@ -183,8 +185,9 @@ def test_all_tokens_to_one_expert() -> None:
         alone = (F.silu(x @ ffn.routed.gate.weight[2].T) * (x @ ffn.routed.up.weight[2].T)) @ ffn.routed.down.weight[
             2
         ].T
+        gate = (x @ ffn.router.weight.T).softmax(-1)[:, 2:3]
     assert routing.load.tolist() == [0, 0, 1, 0]
-    torch.testing.assert_close(y[0], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[0], gate * alone, rtol=1e-5, atol=1e-5)
     assert describe_routing([type(routing)(*(v[None] for v in routing))])["router_load_max"] == 4.0
 
 
@@ -256,10 +259,14 @@ def test_unit_norms_and_multipliers_per_expert() -> None:
     assert (up.get_buffer("multiplier") > 1e-3).nonzero().tolist() == [[1, 3]]
 
 
-def test_normed_router() -> None:
-    ffn, x = branch(router_norm=True, spread=0.0), inputs(10, 32)
+@pytest.mark.parametrize("strategy", ["prenorm", "simplenorm", "angpt", "ngpt"])
+def test_normed_router(strategy: str) -> None:
+    """Logits start with RMS 1, and can grow."""
+    ffn, x = branch(strategy, router_norm=True, spread=0.0), inputs(10, 32)
     with torch.no_grad():
         logits = ffn.router(x).logits_NE
+        ffn.router.after[-1].gain.mul_(3.0)  # type: ignore[operator]
+        assert torch.allclose(ffn.router(x).logits_NE, 3 * logits, atol=1e-5)
     assert torch.allclose(logits.pow(2).mean(-1), torch.ones(10), atol=1e-3)
     assert sum(p.numel() for p in ffn.router.parameters()) == 4 * 32 + 4
     assert ffn.router.logit_std() == 1.0
@@ -389,7 +396,10 @@ def test_one_step_of_the_bias() -> None:
     assert balancer.get_buffer("load").tolist() == [0] * 4
 
 
-@pytest.mark.parametrize(("changes", "key"), [({"top_k": 5}, "moe.top_k"), ({"branch_gain": -1.0}, "branch_gain")])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"top_k": 5}, "moe.top_k"), ({"top_k": 1}, "moe.renormalize=false"), ({"branch_gain": -1.0}, "branch_gain")],
+)
 def test_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises((UserError, ValueError), match=key):
         MoEConfig(experts=4, **changes)

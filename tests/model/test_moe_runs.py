@@ -11,6 +11,7 @@ import torch
 from cases import tiny_gpt, tokens
 from model.test_moe import branch, inputs
 
+from gptnorm import cli
 from gptnorm.config import MoEConfig, OptimConfig
 from gptnorm.data import prepare
 from gptnorm.model.moe import frozen_routing, reference_experts
@@ -139,6 +140,25 @@ def test_a_run_with_experts(recipe: Any, tmp_path: Any, balance: str) -> None:
         checkpoint.rmdir()
     resume_run(tmp_path / "run", prepare(config.data))
     assert lines() == straight
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ("train.compile=true", "4 times the work"),
+        ("train.compile=true train.precision=bf16", None),
+        ("train.compile=false", None),
+        ("train.compile=true moe.experts=0", None),
+    ],
+)
+def test_a_run_on_the_slow_path_says_so(recipe: Any, monkeypatch: Any, settings: str, word: str | None) -> None:
+    """fp32 under the compiler: one line, before the first step."""
+    config = load_recipe(str(recipe)).resolve(["moe.experts=8", *settings.split()])
+    said: list[str] = []
+    monkeypatch.setattr(cli, "say", said.append)
+    cli.warn(config)
+    assert len(said) == (word is not None)
+    assert all(word is not None and word in line for line in said)
 
 
 @pytest.mark.gpu

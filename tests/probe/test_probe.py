@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CONTEXT, shake, tiny_gpt, tokens
+from cases import CASES, CONTEXT, MOE, shake, tiny_gpt, tokens
 from strategies.plain import Plain, nothing, rms
 from torch import Tensor
 
@@ -193,6 +193,25 @@ def test_experts_count_as_one_role(strategy) -> None:
             assert block.slots[role].grad == pytest.approx(size, rel=1e-4), role
             assert block.slots[role].raw is not None
         assert block.ffn > 0
+
+
+@pytest.mark.parametrize(("strategy", "normed"), [("prenorm", False), ("angpt", False), ("ngpt", True)])
+def test_a_router_is_measured_by_its_logits(strategy, normed) -> None:
+    """Raw: RMS of x W^T; used: the same after √d (anGPT, nGPT; their x has norm 1) and the norm of the router."""
+    config = dataclasses.replace(MOE, router_norm=normed)
+    model = shake(tiny_gpt(strategy, "llama2", moe=config)).double()
+    router = model.blocks[0].ffn.router
+    read = []
+    handle = router.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].detach()))
+    found = probe(model, tokens())
+    handle.remove()
+    z = read[0] @ router.weight.detach().T
+    after = z if strategy == "prenorm" else z * 32**0.5
+    if normed:
+        after = rms(after, router.after[-1].gain.detach())
+    slot = found.blocks[0].slots["router"]
+    assert slot.raw == near(z.pow(2).mean().sqrt())
+    assert slot.used == near(after.pow(2).mean().sqrt())
 
 
 def test_two_streams_have_one_gradient_together() -> None:

@@ -38,10 +38,12 @@ def test_recorded_rows_are_those_of_the_script(script: ModuleType) -> None:
     record = json.loads((script.FOLDER / "results.json").read_text(encoding="utf-8"))
     rows = {(row.scheme, row.init): row for row in script.ROWS}
     for entry in record["rows"]:
+        assert {"commit", "torch", "device"} <= entry["environment"].keys()
         row = rows[entry["scheme"], entry["init"]]
         assert (entry["strategy"], entry["own"], entry["options"]) == (row.strategy, row.own, row.options)
         if entry["layers"] == script.SHOWN_LAYERS:
             assert tuple(entry["theirs"]) == row.theirs
+            assert tuple(entry["seeds"]) == script.SEEDS
 
 
 def test_rows_can_be_measured(script: ModuleType) -> None:
@@ -58,9 +60,22 @@ def test_rows_can_be_measured(script: ModuleType) -> None:
 
 def test_agreement_is_judged_against_the_range_over_seeds(script: ModuleType) -> None:
     ours = {"median": 2.0, "low": 1.5, "high": 3.0}
-    assert script.agrees("ratio", 3.8, ours)
-    assert not script.agrees("ratio", 4.0, ours)
-    assert not script.agrees("ratio", 1.0, ours)
-    assert script.agrees("cosine", 0.97, {"median": 1.0, "low": 1.0, "high": 1.0})
-    assert not script.agrees("cosine", 0.9, {"median": 1.0, "low": 1.0, "high": 1.0})
+    assert script.agrees("ratio", 3.25, ours)
+    assert not script.agrees("ratio", 3.4, ours)
+    assert not script.agrees("ratio", 1.3, ours)
     assert not script.agrees("ratio", 1.0, {"median": None, "low": None, "high": None})
+
+
+def test_cosines_are_judged_next_to_0_and_to_1(script: ModuleType) -> None:
+    def around(value: float) -> dict[str, float]:
+        return {"median": value, "low": value - 0.0005, "high": value + 0.0005}
+
+    assert script.agrees("token_cosine", 0.02, around(0.018))
+    assert not script.agrees("token_cosine", 0.03, around(0.003)), "ten times as large"
+    assert script.agrees("cosine", 0.998, around(0.998))
+    assert not script.agrees("cosine", 0.998, around(0.995)), "1 - c is 2.5 times as large"
+    assert script.agrees("cosine", 0.7, around(0.71))
+    assert not script.agrees("cosine", 0.64, around(0.73))
+    assert script.agrees("token_cosine", 0.0, {"median": 0.001, "low": -0.001, "high": 0.004})
+    assert script.agrees("token_cosine", 1.0, {"median": 1.0, "low": 1.0, "high": 1.0})
+    assert not script.agrees("token_cosine", 0.9, {"median": 1.0, "low": 1.0, "high": 1.0})

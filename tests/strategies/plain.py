@@ -308,8 +308,8 @@ def plain_keel(m: Plain, tokens_T: Tensor) -> Tensor:
 
 
 def plain_mixln(m: Plain, tokens_T: Tensor, post_blocks: int | None = None) -> Tensor:
-    """A quarter of the blocks are PostNorm if `post_blocks` does not say how many."""
-    post_blocks = m.s.n_layers // 4 if post_blocks is None else post_blocks
+    """Half of the blocks are PostNorm, as in the table of cases, if `post_blocks` does not say how many."""
+    post_blocks = m.s.n_layers // 2 if post_blocks is None else post_blocks
     x = m.embed(tokens_T)
     m.scale = m.s.head_dim**-0.5
     for n in range(m.s.n_layers):

@@ -7,13 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cases import DENSE
+from cases import DENSE, tiny_gpt, tokens
 
 from gptnorm.data import prepare
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
+from gptnorm.strategies.base import BranchScale
 from gptnorm.train import loop
 from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.nonfinite import first_nonfinite
 
 
 def lines(path):
@@ -168,6 +170,32 @@ def test_divergence_stops_before_the_update(recipe, tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "diverged"
     assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "named"),
+    [
+        ("router.weight", "output of blocks.0.ffn.router"),
+        ("routed.up.weight", "output of blocks.0.ffn.routed.up"),
+        ("branch gain", "output of blocks.0.ffn"),
+    ],
+)
+def test_parts_of_a_mixture_are_named_when_they_overflow(weight, named):
+    """Weights are finite; the logits, an expert's map, or the gained sum alone are not."""
+    model = tiny_gpt("prenorm", "llama2", moe=True)
+    ffn = model.blocks[0].ffn
+    with torch.no_grad():
+        if weight == "branch gain":
+            ffn.gain = 1e39
+        else:
+            ffn.get_parameter(weight).fill_(1e38).mul_(torch.tensor([1.0, -1.0]).repeat(16))
+    assert first_nonfinite(model, lambda: model.objective(tokens()).total) == named
+
+
+def test_a_blocks_sum_is_named_when_it_overflows():
+    model = tiny_gpt("prenorm", "llama2")
+    model.blocks[0].scale = BranchScale(ffn=1e39)
+    assert first_nonfinite(model, lambda: model.objective(tokens()).total) == "output of blocks.0"
 
 
 def test_bad_data_is_found_before_the_folder_is_made(recipe, tmp_path):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
+from cases import tiny_gpt, tokens
 from strategies.plain import Plain, nothing, rms
 from torch._dynamo.utils import counters
 
+from gptnorm.config import WatchConfig
 from gptnorm.data import Sampler, prepare
+from gptnorm.norms import LearnedScale
 from gptnorm.recipe import load_recipe
 from gptnorm.train import loop
 from gptnorm.train.loop import build_gpt, resume_run, start_run
-from gptnorm.train.watch import summarize
+from gptnorm.train.watch import Watch, summarize
 
 ON, OFF = "watch.every=1", "watch.every=0"
 
@@ -155,6 +159,21 @@ def test_gains_that_trained_show(recipe, tmp_path):
     assert first["gains"]["attn.q"]["max"] == [1.0]
     assert last["gains"]["attn.q"]["max"][0] > last["gains"]["attn.q"]["mean"][0] > 0
     assert last["gains"]["attn.q"]["max"][0] > 1.0
+
+
+def test_two_scales_after_one_map_are_told_apart():
+    model = tiny_gpt("simplenorm", "llama2")
+    after = model.blocks[1].attn.q.after
+    after.append(LearnedScale(size=32, init=3.0, scale=1.0).build())
+    watch = Watch(model, WatchConfig(every=1), contextlib.nullcontext)
+    watch.before_step(1, tokens())
+    reading = watch.after_step()
+    assert reading is not None
+    gains = reading["gains"]
+    assert "attn.q" not in gains
+    assert gains["attn.q.0"]["mean"] == [1.0, 1.0]
+    assert gains["attn.q.1"]["mean"] == [None, 3.0]
+    assert gains["attn.k"]["mean"] == [1.0, 1.0]
 
 
 def test_compiled_training_graph_is_left_alone(recipe, tmp_path, monkeypatch):
