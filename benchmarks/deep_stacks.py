@@ -108,8 +108,8 @@ def page(root: Path) -> str:
         lines.append(f"| {row.strategy} | {factor} | {' | '.join(shown)} | {_seeds(root, row)} |")
     entropy = load_study(root / f"deep32-{ROWS[0].name}-screen").unigram_entropy
     notes = (
-        f"\nNats per token; the rates' columns are seed 0, the last one mean ± seed sd (ddof 1). A model that knows "
-        f"token frequencies alone has {entropy:.3f}: a loss there is a failed run, however finite.\n"
+        "\nNats per token; the rates' columns are seed 0, the last one mean ± seed sd (ddof 1).\n"
+        f"A model that knows token frequencies alone has {entropy:.3f}: a loss there is a failed run, however finite.\n"
     )
     tables = []
     for folder in sorted(path.parent for path in root.glob("deep32-*/study.json")):

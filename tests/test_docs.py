@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,18 +73,28 @@ def test_tables_are_those_of_their_ledgers() -> None:
     assert markdown_table(load_study(results / "quickstart")).rstrip() in readme
 
 
-def test_the_catalogue_is_that_of_its_ledgers() -> None:
-    """Page and record of what was measured, made again from the ledgers; no strategy is missing."""
+def load_script(name: str) -> Any:
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("script", "page"), [("catalogue", "catalogue.md"), ("deep_stacks", "deep-stacks.md")])
+def test_pages_made_by_scripts_are_those_of_their_ledgers(script: str, page: str) -> None:
+    results = ROOT / "docs" / "results"
+    assert (results / page).read_text(encoding="utf-8") == load_script(script).page(results)
+
+
+def test_what_was_measured_is_what_the_ledgers_say() -> None:
+    """And no strategy is missing."""
     from gptnorm.strategies import STRATEGIES
     from gptnorm.strategies.measured import measurements
 
-    spec = importlib.util.spec_from_file_location("catalogue", ROOT / "benchmarks" / "catalogue.py")
-    assert spec is not None
-    assert spec.loader is not None
-    catalogue = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(catalogue)
-    results = ROOT / "docs" / "results"
-    assert (results / "catalogue.md").read_text(encoding="utf-8") == catalogue.page(results)
     record = ROOT / "gptnorm" / "strategies" / "measured.json"
-    assert record.read_text(encoding="utf-8") == catalogue.records(results)
+    assert record.read_text(encoding="utf-8") == load_script("catalogue").records(ROOT / "docs" / "results")
     assert set(measurements()) == set(STRATEGIES)
