@@ -23,7 +23,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_code_runs(page: Path) -> None:
     names: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), names)  # our own docs
+        # No real file name: pydantic would look for docstrings of fields in the page itself.
+        exec(compile(block, f"<{page.name}>", "exec"), names)  # our own docs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

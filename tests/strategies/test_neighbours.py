@@ -264,7 +264,7 @@ def test_only_periln_norms_the_embedding(name: str, changes: bool) -> None:
 
 
 def test_reordered_needs_its_query_and_key_norms() -> None:
-    """At 32 blocks of unit initialisation the first block's gradient is far larger without them."""
+    """At 32 blocks of unit initialisation |dL/dx_1| / |dL/dx_L| is 11 to 16 with them, 1600 to 5000 without."""
     ratio = {}
     for qk_norm in ("full", "none"):
         model = GPT(
@@ -273,12 +273,20 @@ def test_reordered_needs_its_query_and_key_norms() -> None:
             backbone="llama2",
             init=InitConfig(std="unit"),
         )
+        found: list[Tensor] = []
+
+        def keep(block: torch.nn.Module, inputs: object, output: Any, found: list[Tensor] = found) -> None:
+            output[0][0].retain_grad()
+            found.append(output[0][0])
+
+        for block in (model.blocks[0], model.blocks[-1]):
+            block.register_forward_hook(keep)
         model.loss(tokens()).backward()
-        first, last = (model.blocks[n].attn.q.weight.grad for n in (0, -1))
+        first, last = (x.grad for x in found)
         assert first is not None
         assert last is not None
         ratio[qk_norm] = float(first.norm() / last.norm())
-    assert ratio["none"] > 10 * ratio["full"]
+    assert ratio["none"] > 20 * ratio["full"]
 
 
 # --- HybridNorm -----------------------------------------------------------------------------------------------------
