@@ -20,7 +20,7 @@ test: setup  ## the fast suite
 	$(BIN)/python -m pytest -q
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu
