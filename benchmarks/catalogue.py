@@ -18,11 +18,12 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+from own_best import SEEDS, best_rate, ledger_sections, rate_beyond
 from rich.console import Console
 
 import gptnorm.strategies
 from gptnorm.files import write_atomic
-from gptnorm.report import load_study, markdown_table
+from gptnorm.report import load_study
 from gptnorm.report.gaps import Gap
 from gptnorm.report.results import sample_sd
 from gptnorm.strategies.measured import Measured
@@ -30,9 +31,6 @@ from gptnorm.study.grid import run_study
 
 RECIPE = "study/catalogue"
 BASELINE = "prenorm"
-SEEDS = (1, 2, 3, 4, 5)
-BEYOND = {3e-3: 1e-3, 1e-3: 3e-4, 3e-2: 1e-1, 1e-1: 3e-1}
-"""The next rate, outwards."""
 
 HEAD = """# The catalogue at laptop size
 
@@ -62,10 +60,6 @@ def screen_losses(root: Path) -> dict[str, dict[float, float | None]]:
     return {name: dict(sorted(losses.items())) for name, losses in found.items()}
 
 
-def best_rate(losses: dict[float, float | None]) -> float:
-    return min((loss, lr) for lr, loss in losses.items() if loss is not None)[1]
-
-
 def run(name: str, strategies: list[str], lr: float, seeds: tuple[int, ...], root: Path, console: Console) -> None:
     folder = root / name
     if (folder / "study.json").is_file():
@@ -81,9 +75,9 @@ def measure(root: Path, console: Console) -> None:
     for _ in range(2):
         wider: dict[float, list[str]] = defaultdict(list)
         for strategy, losses in screen_losses(root).items():
-            best = best_rate(losses)
-            if best in (min(losses), max(losses)) and best in BEYOND:
-                wider[BEYOND[best]].append(strategy)
+            further = rate_beyond(losses)
+            if further is not None:
+                wider[further].append(strategy)
         for lr, strategies in wider.items():
             run(f"catalogue-screen-{lr:g}", strategies, lr, (0,), root, console)
     groups: dict[float, list[str]] = defaultdict(list)
@@ -128,16 +122,11 @@ def page(root: Path) -> str:
         "the gap, seed by seed; with this many strategies one in twenty excludes zero by chance. edge: the best rate "
         "stands at the edge of those tried.\n"
     )
-    tables = []
-    for title, pattern in (("Screen, seed 0", "catalogue-screen*"), ("Seeds", "catalogue-seeds-*")):
-        for folder in sorted(root.glob(pattern)):
-            study = load_study(folder)
-            tables.append(f"## {title}: {folder.name}\n\n    {study_command(folder)}\n\n{markdown_table(study)}")
+    tables = [
+        *ledger_sections(sorted(root.glob("catalogue-screen*")), "Screen, seed 0: "),
+        *ledger_sections(sorted(root.glob("catalogue-seeds-*")), "Seeds: "),
+    ]
     return HEAD + "\n".join(lines) + "\n" + notes + "\n" + "\n".join(tables)
-
-
-def study_command(folder: Path) -> str:
-    return json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
 
 
 def _gap(name: str, measured: Measured, reference: Measured) -> str:

@@ -10,21 +10,18 @@ beside it. Studies whose folder is there already are not run again; `--write-onl
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from own_best import SEEDS, best_rate, ledger_sections, rate_beyond
 from rich.console import Console
 
 from gptnorm.files import write_atomic
-from gptnorm.report import load_study, markdown_table
+from gptnorm.report import load_study
 from gptnorm.report.results import Cell, sample_sd
 from gptnorm.study.grid import run_study
 
 RECIPE = "study/deep32"
-SEEDS = (1, 2, 3, 4, 5)
-BEYOND = {1e-3: 3e-4, 3e-2: 1e-1, 1e-1: 3e-1}
-"""The next rate, outwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +66,6 @@ def screen(root: Path, row: Row) -> dict[float, float | None]:
     return dict(sorted((cell.lr, cell.val_loss if cell.finished else None) for cell in cells(root, row, "screen")))
 
 
-def best_rate(losses: dict[float, float | None]) -> float:
-    return min((loss, lr) for lr, loss in losses.items() if loss is not None)[1]
-
-
 def run(folder: Path, row: Row, grid: tuple[str, ...], console: Console) -> None:
     if (folder / "study.json").is_file():
         return
@@ -84,10 +77,8 @@ def measure(root: Path, console: Console) -> None:
     for row in ROWS:
         run(root / f"deep32-{row.name}-screen", row, ("study.seeds=[0]",), console)
         for _ in range(2):
-            losses = screen(root, row)
-            best = best_rate(losses)
-            if best in (min(losses), max(losses)) and best in BEYOND:
-                lr = BEYOND[best]
+            lr = rate_beyond(screen(root, row))
+            if lr is not None:
                 grid = (f"study.lrs=[{lr!r}]", "study.seeds=[0]")
                 run(root / f"deep32-{row.name}-screen-{lr:g}", row, grid, console)
         lr = best_rate(screen(root, row))
@@ -111,10 +102,7 @@ def page(root: Path) -> str:
         "\nNats per token; the rates' columns are seed 0, the last one mean ± seed sd (ddof 1).\n"
         f"A model that knows token frequencies alone has {entropy:.3f}: a loss there is a failed run, however finite.\n"
     )
-    tables = []
-    for folder in sorted(path.parent for path in root.glob("deep32-*/study.json")):
-        command = json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
-        tables.append(f"## {folder.name}\n\n    {command}\n\n{markdown_table(load_study(folder))}")
+    tables = ledger_sections(sorted(path.parent for path in root.glob("deep32-*/study.json")))
     return HEAD + "\n".join(lines) + "\n" + notes + "\n" + "\n".join(tables)
 
 

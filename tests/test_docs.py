@@ -85,6 +85,11 @@ def load_script(name: str) -> Any:
     return module
 
 
+@pytest.fixture(autouse=True)
+def scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
 @pytest.mark.parametrize(("script", "page"), [("catalogue", "catalogue.md"), ("deep_stacks", "deep-stacks.md")])
 def test_pages_made_by_scripts_are_those_of_their_ledgers(script: str, page: str) -> None:
     results = ROOT / "docs" / "results"

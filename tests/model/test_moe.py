@@ -254,7 +254,7 @@ def test_unit_norms_and_multipliers_per_expert() -> None:
     up = model.get_submodule("blocks.0.ffn.routed.up")
     assert up.get_buffer("multiplier").shape == (4, 24)
     with torch.no_grad():
-        up.weight[1, 3] *= 2.0  # type: ignore[index]
+        up.weight[1, 3] *= 2.0
     model.after_step()
     assert (up.get_buffer("multiplier") > 1e-3).nonzero().tolist() == [[1, 3]]
 
@@ -265,7 +265,7 @@ def test_normed_router(strategy: str) -> None:
     ffn, x = branch(strategy, router_norm=True, spread=0.0), inputs(10, 32)
     with torch.no_grad():
         logits = ffn.router(x).logits_NE
-        ffn.router.after[-1].gain.mul_(3.0)  # type: ignore[operator]
+        ffn.router.after[-1].gain.mul_(3.0)
         assert torch.allclose(ffn.router(x).logits_NE, 3 * logits, atol=1e-5)
     assert torch.allclose(logits.pow(2).mean(-1), torch.ones(10), atol=1e-3)
     assert sum(p.numel() for p in ffn.router.parameters()) == 4 * 32 + 4

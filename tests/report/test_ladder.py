@@ -191,7 +191,7 @@ def test_signals_are_means_over_seeds(tmp_path: Path) -> None:
 def test_terminal_fits(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(rich_ladder(load_ladder(make_ladder(tmp_path, {("[b]e|ta", None): HALVING}))))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "[b]e|ta" in text
     assert "1.6e-2" in text

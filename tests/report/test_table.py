@@ -62,7 +62,7 @@ def test_markdown(tmp_path: Path) -> None:
 def test_terminal_fits_and_shows_names_as_they_are(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(rich_table(load_study(make_study(tmp_path, CELLS))))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     for part in ("[b]e|ta", "2.1000 *", "± 0.1414", "diverged", "(1 of 2)", "* edge", "5.5000 †"):
         assert part in text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DENSE, tiny_gpt, tokens
+from stopping import Stop, StopAt, train
 
 from gptnorm.data import prepare
 from gptnorm.errors import UserError
@@ -28,28 +29,6 @@ def lines(path):
 
 def losses(path):
     return [(line["step"], line["split"], line["loss"]) for line in lines(path)]
-
-
-def train(recipe, path, *settings):
-    config = load_recipe(str(recipe)).resolve(settings)
-    return start_run(config, prepare(config.data), path)
-
-
-class Stop(Exception):
-    """Stands for whatever ends a process between two steps."""
-
-
-class StopAt:
-    def __init__(self, at):
-        self.at = at
-
-    def start(self, step, steps): ...
-    def validation(self, step, loss): ...
-    def stop(self): ...
-
-    def step(self, step, loss, tokens_per_second):
-        if step == self.at:
-            raise Stop
 
 
 def test_overfits_one_batch(recipe, tmp_path, text):

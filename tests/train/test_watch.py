@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from cases import tiny_gpt, tokens
+from stopping import Stop, StopAt, train
 from strategies.plain import Plain, nothing, rms
 from torch._dynamo.utils import counters
 
@@ -22,34 +23,12 @@ from gptnorm.train.watch import Watch, summarize
 ON, OFF = "watch.every=1", "watch.every=0"
 
 
-class Stop(Exception):
-    """Stands for whatever ends a process between two steps."""
-
-
-class StopAt:
-    def __init__(self, at):
-        self.at = at
-
-    def start(self, step, steps): ...
-    def validation(self, step, loss): ...
-    def stop(self): ...
-
-    def step(self, step, loss, tokens_per_second):
-        if step == self.at:
-            raise Stop
-
-
 def lines(path, name="watch.jsonl"):
     return [json.loads(line) for line in (path / name).read_text().splitlines()]
 
 
 def losses(path):
     return [(line["step"], line["split"], line["loss"], line.get("grad_norm")) for line in lines(path, "metrics.jsonl")]
-
-
-def train(recipe, path, *settings):
-    config = load_recipe(str(recipe)).resolve(settings)
-    return start_run(config, prepare(config.data), path)
 
 
 @pytest.mark.parametrize(
