@@ -18,14 +18,12 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from own_best import SEEDS, best_rate, ledger_sections, rate_beyond
+from own_best import SEEDS, best_rate, gap_text, ledger_sections, rate_beyond
 from rich.console import Console
 
 import gptnorm.strategies
 from gptnorm.files import write_atomic
 from gptnorm.report import load_study
-from gptnorm.report.gaps import Gap
-from gptnorm.report.results import sample_sd
 from gptnorm.strategies.measured import Measured
 from gptnorm.study.grid import run_study
 
@@ -115,7 +113,7 @@ def page(root: Path) -> str:
         rates = list(measured.screen)
         edge = "edge" if measured.lr in (rates[0], rates[-1]) else ""
         label = name.replace("_", "\\_")
-        gap = "–" if name == BASELINE else _gap(name, measured, found[BASELINE])
+        gap = "–" if name == BASELINE else gap_text(_by_seed(measured), _by_seed(found[BASELINE]))
         lines.append(f"| {label} | {measured.lr:g} | {measured.loss} | {gap} | {edge} |")
     notes = (
         f"\nNats per token, mean ± seed sd (ddof 1) over {len(SEEDS)} seeds. In brackets the 95 % paired t-interval of "
@@ -129,15 +127,8 @@ def page(root: Path) -> str:
     return HEAD + "\n".join(lines) + "\n" + notes + "\n" + "\n".join(tables)
 
 
-def _gap(name: str, measured: Measured, reference: Measured) -> str:
-    pairs = zip(measured.losses, reference.losses, strict=True)
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    if len(differences) < len(SEEDS):
-        return "–"
-    mean = sum(differences) / len(differences)
-    gap = Gap(strategy=name, reference=BASELINE, mean=mean, sd=sample_sd(differences), seeds=len(differences))
-    assert gap.interval is not None
-    return f"{mean:+.3f} [{gap.interval[0]:+.3f}, {gap.interval[1]:+.3f}]"
+def _by_seed(measured: Measured) -> dict[int, float | None]:
+    return dict(zip(SEEDS, measured.losses, strict=True))
 
 
 def records(root: Path) -> str:

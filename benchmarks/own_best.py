@@ -1,12 +1,25 @@
-"""What the scripts share that compare rows at their own best learning rate, picked on seed 0 and reported on others."""
+"""Rows compared at their own best learning rate, picked on seed 0 and reported on other seeds: what several scripts do.
+
+Each script names its rows and its recipe. For every row: the recipe's rates on seed 0, a rate beyond while the best
+stands at the edge (at most twice), then the best rate on seeds 1 to 5. Studies whose folder is there already are not
+run again; `--write-only` runs none and rewrites the page from the ledgers beside it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from gptnorm.files import write_atomic
 from gptnorm.report import load_study, markdown_table
+from gptnorm.report.gaps import Gap
+from gptnorm.report.results import Cell, sample_sd
+from gptnorm.study.grid import run_study
 
 SEEDS = (1, 2, 3, 4, 5)
 """Those reported, none of them the one that the rate was picked on."""
@@ -33,3 +46,117 @@ def ledger_sections(folders: Iterable[Path], title: str = "") -> list[str]:
         command = json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
         sections.append(f"## {title}{folder.name}\n\n    {command}\n\n{markdown_table(load_study(folder))}")
     return sections
+
+
+def gap_text(losses: dict[int, float | None], reference: dict[int, float | None]) -> str:
+    """Mean difference and its 95 % paired t-interval, seed by seed; a dash where a seed of either diverged."""
+    differences = [a - b for seed, a in losses.items() if a is not None and (b := reference.get(seed)) is not None]
+    if len(differences) < len(SEEDS):
+        return "–"
+    mean = sum(differences) / len(differences)
+    gap = Gap(strategy="", reference="", mean=mean, sd=sample_sd(differences), seeds=len(differences))
+    assert gap.interval is not None
+    return f"{mean:+.3f} [{gap.interval[0]:+.3f}, {gap.interval[1]:+.3f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A strategy and what is set for it."""
+
+    name: str
+    """Of its ledgers' folders."""
+    strategy: str
+    setting: str
+    """The second column: `settings` in words."""
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The rows of one page."""
+
+    prefix: str
+    """Of the ledgers' folders."""
+    recipe: str
+    column: str
+    """Heads the second column."""
+    rows: tuple[Row, ...]
+    baseline: str
+    """The name of the row that the others are compared with."""
+
+    def measure(self, root: Path, console: Console) -> None:
+        for row in self.rows:
+            self._run(root / f"{self.prefix}-{row.name}-screen", row, ("study.seeds=[0]",), console)
+            for _ in range(2):
+                lr = rate_beyond(self.screen(root, row))
+                if lr is not None:
+                    grid = (f"study.lrs=[{lr!r}]", "study.seeds=[0]")
+                    self._run(root / f"{self.prefix}-{row.name}-screen-{lr:g}", row, grid, console)
+            lr = best_rate(self.screen(root, row))
+            grid = (f"study.lrs=[{lr!r}]", f"study.seeds={list(SEEDS)}")
+            self._run(root / f"{self.prefix}-{row.name}-seeds", row, grid, console)
+
+    def screen(self, root: Path, row: Row) -> dict[float, float | None]:
+        """Loss of seed 0 by rate; None where it diverged."""
+        found = self._cells(root, row, "screen")
+        return dict(sorted((cell.lr, cell.val_loss if cell.finished else None) for cell in found))
+
+    def seeds(self, root: Path, row: Row) -> dict[int, float | None]:
+        """Loss at the best rate by seed; None where it diverged."""
+        found = self._cells(root, row, "seeds")
+        return dict(sorted((cell.seed, cell.val_loss if cell.finished else None) for cell in found))
+
+    def page(self, root: Path, head: str) -> str:
+        """The head, the table of the rows, and every ledger's own table."""
+        rates = sorted({lr for row in self.rows for lr in self.screen(root, row)})
+        reference = next(row for row in self.rows if row.name == self.baseline)
+        label = f"minus {reference.strategy}'s ({reference.setting})".replace("_", "\\_")
+        titles = ["strategy", self.column, *(f"{lr:g}" for lr in rates), "best rate, other seeds", label]
+        lines = [f"| {' | '.join(titles)} |", "|:--|:--|" + "--:|" * (len(rates) + 2)]
+        for row in self.rows:
+            losses = self.screen(root, row)
+            shown = [_text(losses[lr]) if lr in losses else "" for lr in rates]
+            seeds = self.seeds(root, row)
+            gap = "–" if row is reference else gap_text(seeds, self.seeds(root, reference))
+            strategy = row.strategy.replace("_", "\\_")
+            result = _summary(best_rate(losses), seeds)
+            lines.append(f"| {' | '.join([strategy, row.setting, *shown, result, gap])} |")
+        entropy = load_study(root / f"{self.prefix}-{self.rows[0].name}-screen").unigram_entropy
+        notes = (
+            "\nNats per token; the rates' columns are seed 0, then mean ± seed sd (ddof 1), and the gap with its 95 % "
+            "paired t-interval over the seeds.\n"
+            f"A model that knows token frequencies alone has {entropy:.3f}: a loss there is a failed run, however "
+            "finite.\n"
+        )
+        tables = ledger_sections(sorted(path.parent for path in root.glob(f"{self.prefix}-*/study.json")))
+        return head + "\n".join(lines) + "\n" + notes + "\n" + "\n".join(tables)
+
+    def _cells(self, root: Path, row: Row, part: str) -> list[Cell]:
+        folders = sorted(path.parent for path in root.glob(f"{self.prefix}-{row.name}-{part}*/study.json"))
+        return [cell for folder in folders for cell in load_study(folder).cells]
+
+    def _run(self, folder: Path, row: Row, grid: tuple[str, ...], console: Console) -> None:
+        if not (folder / "study.json").is_file():
+            run_study(self.recipe, (f'study.strategies=["{row.strategy}"]', *grid, *row.settings), folder, console)
+
+
+def main(comparison: Comparison, head: str, page: str, description: str | None) -> None:
+    """The command line of a script with one comparison."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="where the ledgers are kept: docs/results")
+    parser.add_argument("--write-only", action="store_true", help="only rewrite the page from the ledgers")
+    arguments = parser.parse_args()
+    if not arguments.write_only:
+        comparison.measure(arguments.root, Console())
+    write_atomic(arguments.root / page, comparison.page(arguments.root, head))
+
+
+def _text(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3f}"
+
+
+def _summary(lr: float, found: dict[int, float | None]) -> str:
+    losses = [loss for loss in found.values() if loss is not None]
+    if len(losses) < len(found):
+        return f"{lr:g}: diverged ({len(found) - len(losses)} of {len(found)})"
+    return f"{lr:g}: {sum(losses) / len(losses):.3f} ± {sample_sd(losses) or 0.0:.3f}"

@@ -90,7 +90,15 @@ def scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize(("script", "page"), [("catalogue", "catalogue.md"), ("deep_stacks", "deep-stacks.md")])
+PAGES_OF_SCRIPTS = [
+    ("catalogue", "catalogue.md"),
+    ("controls", "controls.md"),
+    ("deep_stacks", "deep-stacks.md"),
+    ("experts", "experts.md"),
+]
+
+
+@pytest.mark.parametrize(("script", "page"), PAGES_OF_SCRIPTS)
 def test_pages_made_by_scripts_are_those_of_their_ledgers(script: str, page: str) -> None:
     results = ROOT / "docs" / "results"
     assert (results / page).read_text(encoding="utf-8") == load_script(script).page(results)
