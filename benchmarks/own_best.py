@@ -69,6 +69,8 @@ class Row:
     setting: str
     """The second column: `settings` in words."""
     settings: tuple[str, ...] = ()
+    rates: tuple[float, ...] | None = None
+    """Of the first screen; None: the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,8 @@ class Comparison:
 
     def measure(self, root: Path, console: Console) -> None:
         for row in self.rows:
-            self._run(root / f"{self.prefix}-{row.name}-screen", row, ("study.seeds=[0]",), console)
+            rates = () if row.rates is None else (f"study.lrs={list(row.rates)}",)
+            self._run(root / f"{self.prefix}-{row.name}-screen", row, (*rates, "study.seeds=[0]"), console)
             for _ in range(2):
                 lr = rate_beyond(self.screen(root, row))
                 if lr is not None:
@@ -103,7 +106,8 @@ class Comparison:
 
     def seeds(self, root: Path, row: Row) -> dict[int, float | None]:
         """Loss at the best rate by seed; None where it diverged."""
-        found = self._cells(root, row, "seeds")
+        best = best_rate(self.screen(root, row))
+        found = [cell for cell in self._cells(root, row, "seeds") if cell.lr == best]
         return dict(sorted((cell.seed, cell.val_loss if cell.finished else None) for cell in found))
 
     def page(self, root: Path, head: str) -> str:
