@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-slow test-gpu check bench clean
+.PHONY: setup quickstart test test-slow test-gpu check bench soak clean
 
 setup: $(VENV)/ready
 
@@ -32,6 +32,9 @@ check: setup  ## lint, format, types
 
 bench: setup  ## step time and memory of every strategy, relative to one
 	$(BIN)/python benchmarks/step_time.py laptop/base --relative-to prenorm_qknorm
+
+soak: setup  ## kill a run 200 times and compare it with one that was left alone (a quarter of an hour)
+	$(BIN)/python benchmarks/soak.py --kills 200
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis

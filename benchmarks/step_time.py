@@ -37,7 +37,7 @@ from gptnorm.errors import UserError
 from gptnorm.model import GPT, build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies import STRATEGIES, find_strategy
-from gptnorm.train.loop import resolve_device
+from gptnorm.train.inputs import resolve_device
 from gptnorm.train.optim import build_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +60,7 @@ class Runner:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         with self.autocast():
             loss = self.loss(self.tokens)
         loss.backward()
@@ -96,7 +96,7 @@ class Runner:
         if self.device.type != "cuda":
             return None
         own = 4 * 3 * sum(p.numel() for p in self.model.parameters())  # weights and Adam's two moments
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated() - own
         torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,7 @@ from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
-from gptnorm.train.loop import resolve_device
+from gptnorm.train.inputs import resolve_device
 from gptnorm.train.optim import build_optimizer
 from gptnorm.train.watch import Watch
 
@@ -60,7 +60,7 @@ class Runner:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def step(self, watched: bool) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for tokens in self.micros:
             with self.autocast():
                 objective = self.objective(tokens)

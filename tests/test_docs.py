@@ -50,6 +50,8 @@ def test_commands_exist(page: Path) -> None:
             assert words[1] in app.commands, line
             if words[1] == "train":
                 load_recipe(words[2]).resolve([] if words[2].endswith("/base") else words[3:])
+            if words[1] == "plan":
+                load_recipe(words[2]).resolve([word for word in words[3:] if "=" in word])
             if words[1] == "strategies" and len(words) > 2:
                 assert words[2] in STRATEGIES, line
             if words[1] == "study":

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from gptnorm.config import DataConfig
+from gptnorm.config import BUILT_IN_CORPORA, DataConfig
+from gptnorm.data.hashes import hash_files
+from gptnorm.data.names import NAMED
 from gptnorm.data.pieces import cut, piece_size
+from gptnorm.data.progress import Watcher
 from gptnorm.data.readers import READERS, Chunks, reader_of, unreadable
 from gptnorm.errors import bad_value
-from gptnorm.files import sha256_file
 
 FEWEST_DOCUMENTS = 32
 """A corpus of fewer documents is cut into pieces: it could not be split by whole documents."""
+
+PACKING = 4
+"""About how many bytes of text a byte of a compressed file holds."""
+
+State = Any
+"""A place between two documents, as plain JSON values; None: before the first."""
+
+NAMES = (*BUILT_IN_CORPORA, *NAMED)
+"""What stands for a corpus that is no path."""
 
 NOT_STDLIB = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 """Folders of the standard library's path that are left out of "stdlib"."""
@@ -45,7 +57,7 @@ class CorpusFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order; open it with `open_corpus`."""
+    """Documents of local files, in a fixed order; open it with `open_corpus`."""
 
     sources: tuple[CorpusFile, ...]
     """The files, in the order in which they are read."""
@@ -53,6 +65,10 @@ class Corpus:
     """The field of .jsonl and .parquet files that holds the text."""
     files: tuple[tuple[str, str], ...]
     """(name, SHA-256 of its bytes) of each file, in the same order."""
+    sizes: tuple[int, ...]
+    """Bytes of each file."""
+    whole: bool = False
+    """Whether documents stay whole even where they are few."""
 
     @property
     def fingerprint(self) -> str:
@@ -62,6 +78,18 @@ class Corpus:
             digest.update(f"{sha256} {name}\0".encode())
         return digest.hexdigest()
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """See `Source`."""
+        return {"files": self.fingerprint}
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text there is."""
+        packed = (".gz", ".parquet")
+        sizes = zip(self.sources, self.sizes, strict=True)
+        return sum(size * (PACKING if file.path.name.lower().endswith(packed) else 1) for file, size in sizes)
+
     @cached_property
     def piece_size(self) -> int | None:
         """Characters of the pieces that documents are cut into, None if there are enough documents.
@@ -69,8 +97,11 @@ class Corpus:
         Raises:
             UserError: no file holds any text, or one cannot be read.
         """
-        sizes = (size for _, chunks in self._read() if (size := sum(map(len, chunks))))
-        first = list(islice(sizes, FEWEST_DOCUMENTS))
+        if self.whole:
+            return None
+        with contextlib.closing(self._read()) as documents:
+            sizes = (size for _, chunks in documents if (size := sum(map(len, chunks))))
+            first = list(islice(sizes, FEWEST_DOCUMENTS))
         if not first:
             raise bad_value("data.path", [file.name for file in self.sources[:3]], "the corpus holds no text")
         return piece_size(sum(first)) if len(first) < FEWEST_DOCUMENTS else None
@@ -81,24 +112,71 @@ class Corpus:
         Raises:
             UserError: the corpus holds no text, or a file cannot be read as its extension says.
         """
-        size = self.piece_size
-        for name, chunks in self._read():
-            if size is not None:
-                for number, piece in enumerate(cut(chunks, size), start=1):
-                    yield Document(f"{name}#{number}", piece)
-            elif text := "".join(chunks):
-                yield Document(name, text)
+        return iter(self.read())
 
-    def _read(self) -> Iterator[tuple[str, Chunks]]:
+    def read(self, state: State = None) -> FilesReading:
+        """See `Source`."""
+        return FilesReading(self, state)
+
+    def _read(self) -> Generator[tuple[str, Chunks]]:
         for name, path in self.sources:
-            reader = reader_of(path)
-            assert reader is not None, path
-            for suffix, chunks in reader(path, self.text_field):
-                yield name + suffix, chunks
+            with opened(path) as file:
+                for suffix, chunks in records(file, path, self.text_field):
+                    yield name + suffix, chunks
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+class FilesReading:
+    """One pass over the documents of a corpus; see `Reading`."""
+
+    def __init__(self, corpus: Corpus, state: State) -> None:
+        self._corpus = corpus
+        # A record is a line, a row or a whole file; where those are cut, the pieces of the open one are counted too.
+        self._file, self._records, self._pieces = state or (0, 0, 0)
+        self._open: BinaryIO | None = None
+        self._documents = self._read()
+
+    def __iter__(self) -> Iterator[Document]:
+        return self._documents
+
+    def state(self) -> State:
+        """See `Reading`."""
+        return [self._file, self._records, self._pieces]
+
+    def share(self) -> float | None:
+        """See `Reading`: by bytes."""
+        sizes = self._corpus.sizes
+        here = self._open.tell() if self._open is not None and not self._open.closed else 0
+        return min(1.0, (sum(sizes[: self._file]) + here) / max(1, sum(sizes)))
+
+    def _read(self) -> Iterator[Document]:
+        size = self._corpus.piece_size
+        for number in range(self._file, len(self._corpus.sources)):
+            name, path = self._corpus.sources[number]
+            if number != self._file:
+                self._file, self._records, self._pieces = number, 0, 0
+            with opened(path) as self._open:
+                for suffix, chunks in records(self._open, path, self._corpus.text_field, self._records):
+                    if size is None:
+                        text = "".join(chunks)
+                        self._records += 1
+                        if text:
+                            yield Document(name + suffix, text)
+                        continue
+                    for piece_number, piece in enumerate(cut(chunks, size), start=1):
+                        if piece_number > self._pieces:
+                            self._pieces = piece_number
+                            yield Document(f"{name}{suffix}#{piece_number}", piece)
+                    self._records, self._pieces = self._records + 1, 0
+
+
+def open_corpus(
+    config: DataConfig, *, memory: Path | None = None, watcher: Watcher | None = None, whole: bool = False
+) -> Corpus:
     """Find the files that `data.path` names and hash their contents.
+
+    Args:
+        memory, watcher: see `hash_files`.
+        whole: documents stay whole even where they are few.
 
     Raises:
         UserError: a path is missing, of an unknown extension, or holds nothing to read.
@@ -107,7 +185,28 @@ def open_corpus(config: DataConfig) -> Corpus:
     if not paths:
         raise bad_value("data.path", paths, "name at least one file or folder")
     sources = tuple(file for path in paths for file in _files_of(path))
-    return Corpus(sources, config.text_field, tuple((name, _sha256(path)) for name, path in sources))
+    hashes = hash_files([path for _, path in sources], memory, watcher)
+    files = tuple((name, sha256) for (name, _), sha256 in zip(sources, hashes, strict=True))
+    return Corpus(sources, config.text_field, files, tuple(_size(path) for _, path in sources), whole)
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file, open for reading.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def records(file: BinaryIO, path: Path, text_field: str, skip: int = 0) -> Iterator[tuple[str, Chunks]]:
+    """What the reader for the file's name finds in it."""
+    reader = reader_of(path)
+    assert reader is not None, path
+    return reader(file, path, text_field, skip)
 
 
 def _files_of(path: str) -> list[CorpusFile]:
@@ -122,7 +221,7 @@ def _files_of(path: str) -> list[CorpusFile]:
             raise bad_value("data.path", path, f"unknown extension; known are {known}")
         return [CorpusFile(given.name, given)]
     if not given.is_dir():
-        raise bad_value("data.path", path, 'no such file or folder (nor is it "sotu" or "stdlib")')
+        raise bad_value("data.path", path, f"no such file or folder, nor one of {', '.join(NAMES)}")
     files = _walk(given)
     if not files:
         raise bad_value("data.path", path, f"the folder holds no file of a known extension ({known})")
@@ -176,8 +275,8 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
+def _size(path: Path) -> int:
     try:
-        return sha256_file(path)
+        return path.stat().st_size
     except OSError as error:
         raise unreadable(path, error) from None

@@ -2,12 +2,14 @@
 
 A reader yields documents as (suffix of the name, chunks of text), so that a file
 of any size passes through without standing in memory. The chunks of a document
-must be taken before the next document is asked for.
+must be taken before the next document is asked for. It can leave out the first
+`skip` documents much faster than it reads them, which is how a build goes on.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +28,8 @@ SHOWN_FIELDS = 20
 """How many of the fields that a record has are named in an error."""
 
 Chunks = Iterable[str]
-Reader = Callable[[Path, str], Iterator[tuple[str, Chunks]]]
+Reader = Callable[[BinaryIO, Path, str, int], Iterator[tuple[str, Chunks]]]
+"""Called with the open file, its path for errors, the field that holds the text, and `skip`."""
 
 
 def reader_of(path: Path) -> Reader | None:
@@ -35,42 +38,51 @@ def reader_of(path: Path) -> Reader | None:
     return next((reader for extension, reader in READERS.items() if name.endswith(extension)), None)
 
 
-def read_whole(path: Path, text_field: str) -> Iterator[tuple[str, Chunks]]:
+def read_whole(file: BinaryIO, path: Path, text_field: str, skip: int) -> Iterator[tuple[str, Chunks]]:
     """The file as one document. Line ends are kept as they are."""
     del text_field
-    yield "", _chunks(path)
+    if not skip:
+        yield "", _chunks(file, path)
 
 
-def read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, Chunks]]:
+def read_jsonl(file: BinaryIO, path: Path, text_field: str, skip: int) -> Iterator[tuple[str, Chunks]]:
     """One document per line, blank lines skipped; gunzipped where the name ends in .gz."""
+    lines = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
     try:
-        with _open_lines(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f":{number}", (_text_of_line(line, path, number, text_field),)
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if skip:
+                skip -= 1
+            else:
+                yield f":{number}", (_text_of_line(line, path, number, text_field),)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise bad_value("data.path", str(path), f"is not a whole gzip file ({error})") from None
     except OSError as error:
         raise unreadable(path, error) from None
 
 
-def read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, Chunks]]:
+def read_parquet(file: BinaryIO, path: Path, text_field: str, skip: int) -> Iterator[tuple[str, Chunks]]:
     """One document per row, streamed by batches of rows."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise bad_value("data.path", str(path), "reading .parquet needs: pip install 'gptnorm[data]'") from None
-    row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
             if text_field not in names:
                 raise _no_field(text_field, path, names)
-            for batch in file.iter_batches(batch_size=ROWS, columns=[text_field]):
+            groups, row = list(range(table.num_row_groups)), 0
+            while groups and row + (rows := table.metadata.row_group(groups[0]).num_rows) <= skip:
+                row += rows
+                del groups[0]
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_field]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    yield f":{row}", (_checked(value, f"row {row}", path, text_field),)
+                    if row > skip:
+                        yield f":{row}", (_checked(value, f"row {row}", path, text_field),)
     except OSError as error:
         raise unreadable(path, error) from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -92,19 +104,19 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return bad_value("data.path", str(path), f"cannot be read ({error.strerror or _one_line(error)})")
 
 
-def _chunks(path: Path) -> Iterator[str]:
+def _chunks(file: BinaryIO, path: Path) -> Iterator[str]:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+        while chunk := text.read(CHUNK):
+            yield chunk
     except UnicodeDecodeError:
         raise bad_value("data.path", str(path), "is not UTF-8 text") from None
     except OSError as error:
         raise unreadable(path, error) from None
-
-
-def _open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    finally:
+        # Else it would close the file, which is another's; a reading that was given up may have done so already.
+        if not file.closed:
+            text.detach()
 
 
 def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from gptnorm.data.tokenizer import CARD_FILE, TOKENIZER_FILE
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import sha256_file
 
-FORMAT = 1
-"""Raised whenever the same settings would give other tokens or another manifest."""
+FORMAT = 2
+"""Raised whenever the same settings would give other tokens or another manifest; older ones are still read."""
 
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "val")
@@ -48,15 +48,20 @@ class SplitManifest(Table):
     text_bytes: PositiveInt
     """Bytes of the documents in UTF-8, end-of-text tokens not counted."""
     sha256: str
+    repeats: NonNegativeInt = 0
+    """Documents left out because their text was in the split, or with `deduplicate` in either, already."""
 
 
 class CorpusManifest(Table):
     """Where the text came from."""
 
     path: list[str]
-    files: PositiveInt
+    files: NonNegativeInt
+    """Local files."""
     fingerprint: str
-    """SHA-256 over the names and contents of the files."""
+    """SHA-256 over the names and contents of the files; over that of each part where there are several."""
+    datasets: list[str] = []
+    """Datasets of the Hugging Face Hub, as REPOSITORY@COMMIT:CONFIG:SPLIT."""
     text_field: str
     piece_size: PositiveInt | None
     """Characters of the pieces that documents were cut into; None: documents are whole."""
@@ -64,10 +69,19 @@ class CorpusManifest(Table):
     """Version of Python, whose standard library "stdlib" is."""
 
 
+class LimitsManifest(Table):
+    """Settings that bound the shards; see `DataConfig`."""
+
+    val_tokens: PositiveInt
+    max_tokens: PositiveInt | None
+    max_documents: PositiveInt | None
+    deduplicate: bool
+
+
 class Manifest(Table):
     """All of manifest.json."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     tokenizer: str
     tokenizer_sha256: str | None
     """Of the tokenizer.json beside it; None for bytes."""
@@ -75,6 +89,11 @@ class Manifest(Table):
     end_of_text: int
     dtype: Literal["uint16", "uint32"]
     val_fraction: float
+    val_below: str | None = None
+    """A document was held out if the first 16 hex digits of its text's SHA-256 are below these."""
+    limits: LimitsManifest | None = None
+    plan: str | None = None
+    """SHA-256 of all the settings and sources that decide what the shards hold."""
     corpus: CorpusManifest
     train: SplitManifest
     val: SplitManifest
@@ -117,7 +136,7 @@ class Shards:
             UserError: a file is missing, empty or cut short, or the manifest is broken.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         dtype = DTYPES[manifest.dtype if manifest else "uint16"]
         train, val = (_map(folder / f"{split}.bin", dtype, manifest and getattr(manifest, split)) for split in SPLITS)
         return cls(
@@ -161,7 +180,12 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     return bad_value("data.path", str(path), f"cannot be read ({error.strerror})")
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder of shards, None where nanoGPT wrote them.
+
+    Raises:
+        UserError: it is broken, or the shards were built here and it is missing.
+    """
     path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())

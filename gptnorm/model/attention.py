@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,14 +12,24 @@ from gptnorm.model.projection import Projection
 from gptnorm.model.rope import rotate
 from gptnorm.norms import Norm
 from gptnorm.shape import Shape
+from gptnorm.sharding import here, max_over, part_of
 from gptnorm.strategies import Strategy
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class CausalAttention(nn.Module):
     """o(softmax(scale q kᵀ + causal mask) v), with the norms and scales that the strategy asks for.
 
-    Dimensions: B batch, T time, D width, H heads, G key/value heads, E one head's features.
+    Dimensions: B batch, T time, D width, H heads, G key/value heads, E one head's features. Processes that share the
+    heads (tensor parallelism) have equally many each, whole groups of H and G; nothing here asks how many.
     """
+
+    mesh: DeviceMesh | None = None
+    """The processes of the run, if there are several."""
+    own_heads: slice = slice(None)
+    """Which of H this process computes."""
 
     def __init__(self, layer: int, shape: Shape, strategy: Strategy) -> None:
         super().__init__()
@@ -101,21 +113,24 @@ class CausalAttention(nn.Module):
     @torch.no_grad()
     def _watch_logits(self, q_BHTE: Tensor, k_BGTE: Tensor) -> None:
         """Keeps each head's largest logit since the last step; fused attention does not tell it."""
-        largest = self.get_buffer("largest_logit")
+        largest = self.get_buffer("largest_logit")[self.own_heads]
         largest.copy_(torch.maximum(largest, _causal(self._logits(q_BHTE, k_BGTE)).amax((0, 2, 3))))
 
     @torch.no_grad()
     def after_step(self) -> None:
         r"""QK-clip: $W_q, W_k \leftarrow \sqrt{\gamma}\,W_q, \sqrt{\gamma}\,W_k$ with
-        $\gamma = \min(1, \tau / S_\max)$ per head, the least of a group's with grouped queries.
+        $\gamma = \min(1, \tau / S_\max)$ per head, the least of a group's with grouped queries; $S_\max$ over all
+        processes.
         """
         if self.clip is None:
             return
         largest_H = self.get_buffer("largest_logit")
+        max_over(largest_H, self.mesh, "data", "tensor")
         gamma_G = (self.clip / largest_H).clamp_max(1.0).unflatten(0, (self.shape.n_kv_heads, -1)).amin(1)
         share, head_dim = self.shape.n_heads // self.shape.n_kv_heads, self.shape.head_dim
-        self.q.weight.mul_(gamma_G.sqrt().repeat_interleave(share * head_dim)[:, None])
-        self.k.weight.mul_(gamma_G.sqrt().repeat_interleave(head_dim)[:, None])
+        for projection, rows in ((self.q, share * head_dim), (self.k, head_dim)):
+            factor = gamma_G.sqrt().repeat_interleave(rows)[:, None]
+            here(projection.weight).mul_(part_of(factor, like=projection.weight))
         largest_H.zero_()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,29 @@ from gptnorm.config import BackboneName, Config, InitConfig, MoEConfig
 from gptnorm.model.attention import CausalAttention
 from gptnorm.model.backbones import make_shape
 from gptnorm.model.feedforward import FeedForwardBranch
-from gptnorm.model.init import draw_, normalize_, published_draw
+from gptnorm.model.init import drawn, normalize_, published_draw
 from gptnorm.model.moe import MixtureOfExperts, Routing
 from gptnorm.model.parts import Parts
 from gptnorm.model.projection import Projection, Table, WeightOwner
 from gptnorm.model.rope import rotations
+from gptnorm.model.router import BiasBalancer
 from gptnorm.shape import Shape
+from gptnorm.sharding import here, part_of
 from gptnorm.strategies import Strategy, make_strategy
-from gptnorm.strategies.base import State
+from gptnorm.strategies.base import Logits, State
 from gptnorm.strategies.width import apply_width_rule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Block(nn.Module):
     """One block: two branches, wired by the strategy."""
 
-    def __init__(self, layer: int, shape: Shape, strategy: Strategy, moe: MoEConfig) -> None:
+    run: Callable[[State, tuple[Tensor, Tensor] | None], tuple[State, Routing | None]] | None = None
+    """Another way to compute `wired`: compiled, or keeping less for the backward pass (`gptnorm.train.blocks`)."""
+
+    def __init__(self, layer: int, shape: Shape, strategy: Strategy, moe: MoEConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.layer = layer
         self.n_layers = shape.n_layers
@@ -40,13 +48,18 @@ class Block(nn.Module):
             else FeedForwardBranch(layer, shape, strategy)
         )
         self.scale = strategy.branch_scale(layer, shape)
+        self.dropout = dropout
         self.own = Parts(strategy.block_parts(layer, shape))
 
     def forward(self, state: State, rotation: tuple[Tensor, Tensor] | None) -> tuple[State, Routing | None]:
+        return (self.run or self.wired)(state, rotation)
+
+    def wired(self, state: State, rotation: tuple[Tensor, Tensor] | None) -> tuple[State, Routing | None]:
+        """The block equation, with what its router did."""
         routing: Routing | None = None
 
         def attn(x_BTD: Tensor) -> Tensor:
-            return _times(self.scale.attn, self.attn(x_BTD, rotation))
+            return self._branch(self.scale.attn, self.attn(x_BTD, rotation))
 
         def ffn(x_BTD: Tensor) -> Tensor:
             nonlocal routing
@@ -54,14 +67,17 @@ class Block(nn.Module):
                 y_BTD, routing = self.ffn(x_BTD)
             else:
                 y_BTD = self.ffn(x_BTD)
-            return _times(self.scale.ffn, y_BTD)
+            return self._branch(self.scale.ffn, y_BTD)
 
         state = self.strategy.block(state, attn, ffn, self.own, self.layer, self.n_layers)
         return state, routing
 
+    def _branch(self, factor: float, y: Tensor) -> Tensor:
+        return _dropped(y if factor == 1.0 else y * factor, self.dropout, self.training)
 
-def _times(factor: float, y: Tensor) -> Tensor:
-    return y if factor == 1.0 else y * factor
+
+def _dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p) if p and training else x
 
 
 class Objective(NamedTuple):
@@ -83,6 +99,10 @@ class GPT(nn.Module):
 
     In training mode QK-clip and bias balancing count what passes, for their next `after_step`; `eval()`
     leaves every buffer alone, so that a measurement changes nothing (and forward-mode derivatives work).
+    Dropout, too, is there in training mode only: on what leaves the embedding (learned positions added) and on each
+    branch's output, as the block adds it.
+
+    The parameters may be DTensors over the processes of a run (`gptnorm.train.parallel`).
     """
 
     def __init__(
@@ -93,6 +113,7 @@ class GPT(nn.Module):
         backbone: BackboneName,
         init: InitConfig,
         moe: MoEConfig | None = None,
+        dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -101,18 +122,21 @@ class GPT(nn.Module):
         self.backbone: BackboneName = backbone
         self.init = init
         self.moe = moe or MoEConfig()
+        self.dropout = dropout
         self.logits = strategy.logits(shape)
+        self.score = score
         self.embed = Table("embed", shape.vocab, shape, strategy)
         self.position = Table("position", shape.context, shape, strategy) if shape.rope_theta is None else None
-        self.blocks = nn.ModuleList(Block(layer, shape, strategy, self.moe) for layer in range(shape.n_layers))
+        self.blocks = nn.ModuleList(Block(layer, shape, strategy, self.moe, dropout) for layer in range(shape.n_layers))
         self.own = Parts(strategy.end_parts(shape))
         self.head = Projection("head", 0, shape, strategy)
-        self._tie()
+        self.tie()
         if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self._head(self.features(tokens_BT))
+        h_BTD, _ = self._run(tokens_BT)
+        return _capped(self.head(h_BTD), self.logits.softcap)
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """What the head reads, (B, T, d)."""
@@ -129,11 +153,7 @@ class GPT(nn.Module):
     def objective(self, tokens_BT: Tensor) -> Objective:
         """The loss with the auxiliary losses of options and experts; without them `total` is `loss`."""
         h_BTD, routings = self._run(tokens_BT[:, :-1])
-        logits_BTV = self._head(h_BTD)
-        loss = total = _cross_entropy(logits_BTV, tokens_BT[:, 1:])
-        if self.logits.z_loss:
-            exact = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-            total = total + self.logits.z_loss * exact.logsumexp(-1).square().mean()
+        loss, total = self.score(self.head(h_BTD), tokens_BT[:, 1:], self.logits)
         if not routings:
             return Objective(total=total, loss=loss, routing=None)
         routing = Routing(*(torch.stack(values) for values in zip(*routings, strict=True)))
@@ -150,6 +170,7 @@ class GPT(nn.Module):
             rotation = rotations(length, self.shape.head_dim, self.shape.rope_theta, like=h_BTD)
         elif self.position is not None:
             h_BTD = h_BTD + self.position(torch.arange(length, device=tokens_BT.device))
+        h_BTD = _dropped(h_BTD, self.dropout, self.training)
         state = self.strategy.open(h_BTD, self.own)
         routings = []
         for block in self.blocks:
@@ -157,11 +178,6 @@ class GPT(nn.Module):
             if routing is not None:
                 routings.append(routing)
         return self.strategy.close(state, self.own), routings
-
-    def _head(self, h_BTD: Tensor) -> Tensor:
-        logits_BTV = self.head(h_BTD)
-        cap = self.logits.softcap
-        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
 
     def weights(self) -> Iterator[tuple[str, WeightOwner]]:
         """Every owner of a weight with its name; a tied head is its embedding and comes once."""
@@ -172,21 +188,32 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draws every weight and resets every gain and scale, from the seed alone."""
-        self._tie()
+        self.tie()
         for name, owner in self.weights():
+            weight = owner.weight
             published = published_draw(self.backbone, owner.role, owner.layer, self.shape, self.init)
-            draw_(owner.weight, self.strategy.init(owner.role, owner.layer, self.shape, published), seed, name)
+            draw = self.strategy.init(owner.role, owner.layer, self.shape, published)
+            # Whole, whatever part of it is kept: a vector's norm and the numbers themselves are then the same bit by
+            # bit on any number of processes.
+            full = drawn(weight.shape, draw, seed, name).to(weight.dtype)
             if owner.constraint:
-                normalize_(owner.weight, owner.constraint.axis)
+                normalize_(full, owner.constraint.axis)
+            here(weight).copy_(part_of(full, like=weight))
         for module in self.modules():
             reset = getattr(module, "reset", None)
             if callable(reset):
                 reset()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
         """Makes the head the embedding, where it is; `to_empty` takes tied weights apart."""
         if self.shape.tied:
             self.head.weight = self.embed.weight
+
+    def count_over(self, mesh: DeviceMesh) -> None:
+        """Has QK-clip and bias balancing count what passes on every process of a mesh ("data", "tensor")."""
+        for module in self.modules():
+            if isinstance(module, CausalAttention | BiasBalancer):
+                module.mesh = mesh
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -195,6 +222,20 @@ class GPT(nn.Module):
             hook = getattr(module, "after_step", None)
             if callable(hook) and module is not self and not (module is self.head and self.shape.tied):
                 hook()
+
+
+def score(logits_BTV: Tensor, targets_BT: Tensor, spec: Logits) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of the head's output, and with the auxiliary losses of the logits added."""
+    logits_BTV = _capped(logits_BTV, spec.softcap)
+    loss = total = _cross_entropy(logits_BTV, targets_BT)
+    if spec.z_loss:
+        exact = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        total = total + spec.z_loss * exact.logsumexp(-1).square().mean()
+    return loss, total
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -214,4 +255,12 @@ def build_gpt(config: Config, *, vocab: int, device: torch.device | str = "cpu")
     published = partial(published_draw, config.model.backbone, config=config.init)
     strategy = apply_width_rule(strategy, config.optim, shape, published)
     with torch.device(device):
-        return GPT(shape, strategy, backbone=config.model.backbone, init=config.init, moe=config.moe, seed=config.seed)
+        return GPT(
+            shape,
+            strategy,
+            backbone=config.model.backbone,
+            init=config.init,
+            moe=config.moe,
+            dropout=config.model.dropout,
+            seed=config.seed,
+        )

@@ -23,6 +23,7 @@ from gptnorm.activations import second_moment
 from gptnorm.config import BackboneName, InitConfig
 from gptnorm.model.backbones import BACKBONES
 from gptnorm.shape import Role, Shape
+from gptnorm.sharding import all_squares_along, here, is_cut, part_of, squares_along
 from gptnorm.strategies.base import Draw
 
 PUBLISHED_STD = 0.02
@@ -60,28 +61,35 @@ def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape,
 
 
 @torch.no_grad()
-def draw_(weight: Tensor, draw: Draw, seed: int, name: str) -> None:
-    """Fills a weight. Its numbers depend on (seed, name, shape) alone, not on the device or on the other weights.
+def drawn(size: torch.Size, draw: Draw, seed: int, name: str) -> Tensor:
+    """A whole weight, fp32 on the CPU. Its numbers depend on (seed, name, size) alone, not on the other weights.
 
     Two strategies of one backbone therefore start from the same numbers wherever they share a weight.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    fresh = torch.empty(weight.shape, dtype=torch.float32)
+    fresh = torch.empty(size, dtype=torch.float32, device="cpu")
     std = draw.std * draw.depth
     if draw.cut is None:
         fresh.normal_(0.0, std, generator=generator)
     else:
         nn.init.trunc_normal_(fresh, 0.0, std, -draw.cut, draw.cut, generator=generator)
-    weight.copy_(fresh)
+    return fresh
 
 
 @torch.no_grad()
 def normalize_(weight: Tensor, axis: int, *, only_longer: bool = False) -> None:
-    """Brings the vectors along `axis` to L2 norm 1, in fp32 or better; `only_longer`: those above 1 alone."""
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(exact, dim=axis, keepdim=True)
-    weight.copy_(exact / norm.clamp_min(1.0 if only_longer else 1e-12))
+    """Brings the vectors along `axis` to L2 norm 1, in fp32 or better; `only_longer`: those above 1 alone.
+
+    A weight may be spread over processes; where its vectors are cut, their squares are summed.
+    """
+    part = here(weight)
+    exact = part.to(torch.promote_types(weight.dtype, torch.float32))
+    if is_cut(weight, axis):
+        norm = squares_along(weight, axis).sqrt()
+    else:
+        norm = torch.linalg.vector_norm(exact, dim=axis, keepdim=True)
+    part.copy_(exact / norm.clamp_min(1.0 if only_longer else 1e-12))
 
 
 @torch.no_grad()
@@ -89,8 +97,9 @@ def pull_back_(weight: Tensor, axis: int, multiplier: Tensor) -> None:
     """lambda <- max(0, lambda + (|w|^2 - 1) / 2), then w <- (1 - lambda) w, for the vectors w along `axis`.
 
     Args:
-        multiplier: lambda, of the weight's shape without `axis`; changed in place.
+        multiplier: lambda, of the weight's shape without `axis`; changed in place. Whole on every process, also where
+            the weight is spread over them.
     """
-    excess = (weight.to(multiplier.dtype).square().sum(axis) - 1) / 2
+    excess = (all_squares_along(weight, axis).squeeze(axis).to(multiplier.dtype) - 1) / 2
     multiplier.add_(excess).clamp_min_(0.0)
-    weight.mul_(1 - multiplier.unsqueeze(axis))
+    here(weight).mul_(1 - part_of(multiplier.unsqueeze(axis), like=weight))

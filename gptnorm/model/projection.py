@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gptnorm.model.init import normalize_, pull_back_
 from gptnorm.norms import build_all
 from gptnorm.shape import Role, Shape
+from gptnorm.sharding import Sharers, here, leave
 from gptnorm.strategies import Strategy
 
 
@@ -17,6 +18,9 @@ class WeightOwner(nn.Module):
 
     The weight is (out, in), or (experts, out, in) with gains for each expert.
     """
+
+    sharers: Sharers | None = None
+    """The processes that share what the weight reads (tensor parallelism): each has one term of the raw output."""
 
     def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy, size: tuple[int, ...]) -> None:
         super().__init__()
@@ -56,20 +60,32 @@ class Projection(WeightOwner):
         super().__init__(role, layer, shape, strategy, (shape.out_features(role), shape.in_features(role)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, here(self.weight))
+        if self.sharers is not None:
+            y = leave(y, self.sharers)
         for step in self.after:
             y = step(y)
         return y
 
 
 class Table(WeightOwner):
-    """y = after(W[i]): the embedding of tokens or of positions, W of shape (rows, d)."""
+    """y = after(W[i]): the embedding of tokens or of positions, W of shape (rows, d).
+
+    As a linear map it reads a vector with a single 1, so processes that share it have a part of the rows each.
+    """
 
     def __init__(self, role: Role, rows: int, shape: Shape, strategy: Strategy) -> None:
         super().__init__(role, 0, shape, strategy, (rows, shape.d))
 
     def forward(self, index: Tensor) -> Tensor:
-        y = F.embedding(index, self.weight)
+        y = F.embedding(index, here(self.weight)) if self.sharers is None else self._shared_rows(index, self.sharers)
         for step in self.after:
             y = step(y)
         return y
+
+    def _shared_rows(self, index: Tensor, sharers: Sharers) -> Tensor:
+        rows = here(self.weight)
+        own = index - sharers.rank * len(rows)
+        absent = (own < 0) | (own >= len(rows))
+        y = F.embedding(own.masked_fill(absent, 0), rows)
+        return leave(y.masked_fill(absent[..., None], 0.0), sharers)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,20 @@ from gptnorm.config import MoEConfig
 from gptnorm.model.projection import WeightOwner
 from gptnorm.norms import Norm, NormModule
 from gptnorm.shape import Shape
+from gptnorm.sharding import sum_over, whole
 from gptnorm.strategies import Strategy
 from gptnorm.strategies.base import EPS
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class Routing(NamedTuple):
-    """What one router did with a batch; only `balance` and `z` carry a gradient."""
+    """What one router did with a batch; only `balance` and `z` carry a gradient.
+
+    On several processes a batch is one process's part of a micro-batch: the balancing loss, which is not linear in the
+    load, keeps every part even, as it does every micro-batch.
+    """
 
     balance: Tensor
     """Balancing loss, a scalar: E sum_e f_e p_e, 1 if the load is even."""
@@ -119,11 +127,19 @@ class Router(WeightOwner):
         """
         if any(isinstance(step, NormModule) for step in self.after):
             return 1.0
-        return self.weight.detach().float().square().sum(-1).mean().sqrt().item()
+        # Of the whole weight, in the order in which a single process would add.
+        return whole(self.weight.detach()).float().square().sum(-1).mean().sqrt().item()
 
 
 class BiasBalancer(nn.Module):
-    """The bias on the choice, moved after each step against the load of that step's micro-batches."""
+    """The bias on the choice, moved after each step against the load of that step's micro-batches.
+
+    The load of all processes counts. A block that is computed again for its backward pass counts twice, all experts
+    alike, which does not change the sign.
+    """
+
+    mesh: DeviceMesh | None = None
+    """The processes of the run, if there are several."""
 
     def __init__(self, experts: int, rate: float) -> None:
         super().__init__()
@@ -145,6 +161,7 @@ class BiasBalancer(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         load_E = self.get_buffer("load")
+        sum_over(load_E, self.mesh, "data")
         self.get_buffer("bias").add_(torch.sign(load_E.mean() - load_E), alpha=self.rate)
         load_E.zero_()
 

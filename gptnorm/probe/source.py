@@ -17,7 +17,7 @@ from gptnorm.model import GPT, build_gpt
 from gptnorm.recipe import load_recipe, parse_overrides, to_tree
 from gptnorm.tables import flatten, merge
 from gptnorm.train.checkpoint import checkpoint_at, latest_checkpoint, load_model
-from gptnorm.train.loop import check_ids, check_vocab, resolve_device
+from gptnorm.train.inputs import check_ids, check_vocab, resolve_device
 from gptnorm.train.run_folder import RunFolder
 from gptnorm.typed import read_table
 

@@ -91,6 +91,8 @@ def traced(model: GPT, *, slots: bool = False, states: bool = False) -> Iterator
     training = model.training
     with contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
+        # Compiled blocks would not ask for the hooks.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
         for block, seen in zip(_blocks(model), trace.blocks, strict=True):
             _hook_block(stack, block, seen, trace, states)

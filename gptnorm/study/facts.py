@@ -11,7 +11,7 @@ from gptnorm.data import Shards
 from gptnorm.recipe import Recipe, to_tree
 from gptnorm.study.ladder import SETS
 from gptnorm.tables import flatten
-from gptnorm.train.loop import check_vocab, refuse_unknown_ids
+from gptnorm.train.inputs import check_vocab, refuse_unknown_ids
 
 if TYPE_CHECKING:
     from gptnorm.study.grid import Cell, StudyConfig

@@ -31,7 +31,7 @@ from gptnorm.recipe import Recipe, load_recipe, parse_overrides
 from gptnorm.study.facts import describe_study
 from gptnorm.study.ladder import FEWEST, SETS, Axis, Rung, depth_rungs, width_rungs
 from gptnorm.study.pool import run_cells
-from gptnorm.train.loop import check_vocab, open_batches, resolve_device
+from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
 from gptnorm.typed import read_table
 
 

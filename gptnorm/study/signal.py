@@ -28,7 +28,8 @@ from gptnorm.model import GPT, build_gpt
 from gptnorm.probe import probe
 from gptnorm.recipe import dump_toml
 from gptnorm.train.checkpoint import latest_checkpoint, load_model
-from gptnorm.train.loop import Result, check_vocab, open_batches, resolve_device, start_run
+from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
+from gptnorm.train.loop import Result, start_run
 from gptnorm.train.progress import Watcher
 
 Signal = dict[str, Any]

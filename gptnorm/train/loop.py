@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptnorm.config import Config
-from gptnorm.data import Sampler, Shards, validation_windows
+from gptnorm.data import Shards
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
-from gptnorm.model import Objective, build_gpt
-from gptnorm.model.moe import describe_routing
-from gptnorm.train.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from gptnorm.model import GPT, build_gpt
+from gptnorm.model.moe import Routing, describe_routing
+from gptnorm.train.agree import any_of, cpu_group, on_first
+from gptnorm.train.checkpoint import load_checkpoint, model_tensors
+from gptnorm.train.guard import Guard
+from gptnorm.train.inputs import check_ids, check_vocab, open_batches, within_memory
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
-from gptnorm.train.optim import build_optimizer, set_lr
+from gptnorm.train.optim import build_optimizer
+from gptnorm.train.parallel import World, clip_gradients, close_world, mean_over_data, open_world, parallelize
 from gptnorm.train.progress import Silent, Watcher
+from gptnorm.train.resume import choose_checkpoint
 from gptnorm.train.run_folder import RunFolder, Status
+from gptnorm.train.saver import Saver
 from gptnorm.train.schedule import lr_factor
+from gptnorm.train.stop import StopWish
 from gptnorm.train.watch import Watch, summarize
+
+VERIFIED_BYTES = 1 << 28
+"""Shards of at most this size are compared with their hashes at every start; `gptnorm verify` does it at any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,189 +47,307 @@ class Result:
 
     status: Status
     step: int
-    """Updates done."""
+    """Updates done, those that were left out counted."""
     val_loss: float | None
-    """Validation loss in nats per token after the last update; None if the run diverged."""
+    """Validation loss in nats per token after the last update; None if there was none."""
     reason: str | None
-    """What was non-finite first, if it diverged."""
+    """What was non-finite first, if it diverged; the signal, if one stopped it."""
     parameters: int
     seconds: float
     """Wall-clock time of the loop, validations included, resumed parts added up."""
+    skipped: int = 0
+    """Updates left out (`guard.sigmas`)."""
 
 
-def start_run(config: Config, shards: Shards, path: Path, watcher: Watcher | None = None) -> Result:
-    """Trains a new run into `path`; everything that can be wrong with the input is found before it is made."""
-    with within_memory(config):
-        trainer = _Trainer(config, shards, watcher or Silent())
-        return trainer.run(RunFolder.create(path, config, describe_environment(trainer.device)))
+@contextlib.contextmanager
+def _opened_world(config: Config) -> Iterator[World]:
+    world = open_world(config)
+    try:
+        yield world
+    finally:
+        close_world(world)
 
 
-def resume_run(path: Path, shards: Shards, watcher: Watcher | None = None) -> Result:
-    """Continues a run from its newest complete checkpoint."""
-    folder = RunFolder.open(path)
-    checkpoint = latest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{path}: has no checkpoint to resume from; checkpoint.every sets how often one is written")
-    config = folder.config()
-    with within_memory(config):
-        trainer = _Trainer(config, shards, watcher or Silent())
-        trainer.restore(checkpoint)
-        folder.rewind(trainer.step)
+def start_run(
+    config: Config, shards: Shards, path: Path, watcher: Watcher | None = None, stop: StopWish | None = None
+) -> Result:
+    """Trains a new run into `path`; everything that can be wrong with the input is found before it is made.
+
+    Args:
+        stop: looked at after every step; once it names a signal, a checkpoint is written and the run ends.
+    """
+    with _opened_world(config) as world, within_memory(config):
+        trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
+        # Each process may have found another free folder.
+        folder = RunFolder(on_first(lambda: path, trainer.group), writes=world.main)
+        on_first(lambda: folder.begin(config, describe_environment(trainer.device)), trainer.group)
+        return trainer.run(folder)
+
+
+def resume_run(
+    path: Path,
+    shards: Shards,
+    watcher: Watcher | None = None,
+    stop: StopWish | None = None,
+    *,
+    step: int | None = None,
+    auto: bool = False,
+) -> Result:
+    """Continues a run from its newest complete checkpoint.
+
+    Args:
+        step: of another checkpoint; the later ones are set aside.
+        auto: if the newest is damaged, take the newest that is not, and set the later ones aside.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or another process is at work; nothing was changed.
+    """
+    config = RunFolder.open(path).config()
+    with _opened_world(config) as world, within_memory(config):
+        trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
+        folder = RunFolder.open(path, writes=world.main)
+        on_first(folder.lock, trainer.group)
+        try:
+            trainer.restore(choose_checkpoint(folder.checkpoints, trainer.group, step=step, auto=auto))
+            on_first(lambda: folder.rewind(trainer.step, describe_environment(trainer.device)), trainer.group)
+        except BaseException:
+            folder.close()
+            raise
         return trainer.run(folder)
 
 
 class _Trainer:
-    """One run in memory."""
+    """One run in memory, or one process's share of it."""
 
-    def __init__(self, config: Config, shards: Shards, watcher: Watcher) -> None:
+    def __init__(
+        self, config: Config, shards: Shards, world: World, watcher: Watcher, stop: StopWish | None = None
+    ) -> None:
         train = config.train
         if train.threads:
             torch.set_num_threads(train.threads)
         self.config = config
-        self.watcher = watcher
-        self.device = resolve_device(train.device)
+        self.world = world
+        self.group = cpu_group()
+        self.watcher = watcher if world.main else Silent()
+        self.stop = stop or StopWish()
+        self.device = world.device
         self.vocab = check_vocab(config, shards)
+        if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
+            shards.verify()
         self.fingerprint = shards.fingerprint
         self.sampler, self.validation = open_batches(config, shards)
-        self.model = build_gpt(config, vocab=self.vocab, device=self.device)
+        self.model = _build(config, self.vocab, world)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.loss: Callable[[Tensor], Tensor] = self.model.loss
-        self.objective: Callable[[Tensor], Objective] = self.model.objective
-        if train.compile:
-            self.loss, self.objective = torch.compile(self.loss), torch.compile(self.objective)
-        self.watch = Watch(self.model, config.watch, self._autocast)
+        self.guard = Guard(config.guard, self.device)
+        # Its readings go around the model's own forward pass, which sharded weights need.
+        watch = config.watch if world.mesh is None else replace(config.watch, every=0)
+        self.watch = Watch(self.model, watch, self._autocast)
         self.step = 0
         self.seconds = 0.0
+        self.val_loss: float | None = None
+        """The last one."""
+        self.best: tuple[float, int] | None = None
+        """The lowest validation loss so far, and its step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes and does not follow from config and step, as batches, rates and random numbers do."""
+        found = model_tensors(self.model)
+        found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors(self.model)}
+        return found | {f"guard/{name}": tensor for name, tensor in self.guard.tensors().items()}
 
     def restore(self, checkpoint: Path) -> None:
-        """Model, optimizer and step from a checkpoint."""
-        state = load_checkpoint(checkpoint, self.model, self.optimizer)
+        """Everything from a verified checkpoint."""
+        self.optimizer.prime()
+        state = load_checkpoint(checkpoint, self.tensors(), self.group)
         if state.get("data") != self.fingerprint:
             raise bad_value("data.path", self.config.data.path, "the text is not what it was when this run began")
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.val_loss = state["step"], state["seconds"], state["val_loss"]
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.guard.look()
 
     def run(self, folder: RunFolder) -> Result:
-        """From the current step to the last one."""
-        steps = self.config.train.steps
-        folder.set_status("running", self.step)
-        self.watcher.start(self.step, steps)
+        """From the current step to the last one.
+
+        Raises:
+            UserError: the folder can no longer be written, a full disk for one.
+        """
         started = time.monotonic() - self.seconds
-        board = TensorBoard(folder.path, self.step)
-        val_loss = None
+        board = TensorBoard(folder.path, self.step, off=not self.world.main)
+        saver = Saver(folder.checkpoints, self.config.checkpoint)
         try:
-            while self.step < steps:
-                reason = self._update(folder, board, started)
-                self.seconds = time.monotonic() - started
-                if reason:
-                    return self._end(folder, "diverged", None, reason)
-                if self._due(self.config.train.eval_every) or self.step == steps:
-                    val_loss = self._validate(folder, board)
-                self.seconds = time.monotonic() - started
-                last = self.step == steps and self.config.checkpoint.final
-                if self._due(self.config.checkpoint.every) or last:
-                    state = {"seconds": self.seconds, "data": self.fingerprint}
-                    save_checkpoint(folder.checkpoints, self.step, self.model, self.optimizer, state)
-                    prune_checkpoints(folder.checkpoints, self.config.checkpoint.keep)
-            if val_loss is None:
-                # Resumed after the last step: its validation was written before its checkpoint.
-                val_loss = _last_validation(folder)
-            if val_loss is None or not math.isfinite(val_loss):
-                return self._end(folder, "diverged", None, "validation loss")
-            return self._end(folder, "finished", val_loss, None)
-        except BaseException:
-            # Ctrl-C, a full disk, a reader of our output that left: the run can be resumed.
-            folder.set_status("interrupted", self.step)
+            folder.set_status("running", self.step)
+            self.watcher.start(self.step, self.config.train.steps)
+            status, reason = self._train(folder, board, saver, started)
+            saver.wait()
+            return self._end(folder, status, reason)
+        except BaseException as error:
+            # A second Ctrl-C, a full disk, a reader of our output that left: the run can be resumed.
+            with contextlib.suppress(OSError):
+                folder.set_status("interrupted", self.step, skipped=self.guard.skipped)
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise UserError(f"{folder.path}: cannot be written ({error.strerror or error})") from None
             raise
         finally:
             self.watcher.stop()
-            board.close()
+            with contextlib.suppress(OSError):
+                board.close()
+            saver.close()
             folder.close()
 
-    def _update(self, folder: RunFolder, board: TensorBoard, started: float) -> str | None:
-        """One update of the weights; what was non-finite, if it could not be made."""
-        config = self.config
-        micros = self._micro_batches(self.sampler.batch(self.step))
-        self.optimizer.zero_grad(set_to_none=True)
+    def _train(self, folder: RunFolder, board: TensorBoard, saver: Saver, started: float) -> tuple[Status, str | None]:
+        """Steps until the last one, or until something ends the run; how it ended, and why."""
+        train, checkpoint = self.config.train, self.config.checkpoint
+        while self.step < train.steps:
+            self._update(folder, board, started)
+            last = self.step == train.steps
+            stopping = any_of(self.stop.signal is not None, self.group) and not last
+            if stopping:
+                self.guard.look()
+            if self.guard.nonfinite_at:
+                self.step = self.guard.nonfinite_at - 1
+                return "diverged", self._explain()
+            new_best = False
+            if self._due(train.eval_every, self.step) or last:
+                new_best = self._validate(folder, board)
+                if self.val_loss is None:
+                    return "diverged", "validation loss"
+            self.seconds = time.monotonic() - started
+            due = self._due(checkpoint.every, self.step) or (last and checkpoint.final)
+            if due or stopping or (new_best and checkpoint.best):
+                self._save(saver)
+            if stopping:
+                return "interrupted", self.stop.signal.name if self.stop.signal else "signal to another process"
+        return "finished", None
+
+    def _update(self, folder: RunFolder, board: TensorBoard, started: float) -> None:
+        """One update of the weights, unless the guard leaves it out."""
+        config, update = self.config, self.step + 1
+        micros = self._micro_batches(self.step)
+        self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         routings = []
-        for tokens in micros:
+        for number, tokens in enumerate(micros):
+            self._seed_dropout(number)
             with self._autocast():
-                objective = self.objective(tokens)
+                objective = self.model.objective(tokens)
             (objective.total / len(micros)).backward()
             loss += objective.loss.detach() / len(micros)
             if objective.routing is not None:
                 routings.append(objective.routing)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
-        loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            return self._explain(micros)
-
+        loss = mean_over_data(loss, self.world)
+        norm = clip_gradients(self.model, config.optim.clip or math.inf, self.world)
+        leave_out = self.guard.judge(update, loss, norm)
         lr = config.optim.lr * lr_factor(self.step, config.train.steps, config.optim)
-        set_lr(self.optimizer, lr)
-        self.watch.before_step(self.step + 1, micros[0])
-        self.optimizer.step()
+
+        numbers = self.guard.look(loss, norm) if self._looks(update) else None
+        if self.guard.nonfinite_at:
+            return
+        self.optimizer.set_lr(lr)
+        self.watch.before_step(update, micros[0])
+        self.optimizer.step(leave_out)
         self.model.after_step()
-        self.step += 1
+        self.step = update
         reading = self.watch.after_step()
         if reading is not None:
             folder.log_watch(step=self.step, **reading)
             board.log(self.step, "watch", summarize(reading))
 
-        seconds = time.monotonic() - started
-        tokens_seen = self.step * config.train.batch_size * config.train.seq_len
-        self.watcher.step(self.step, loss_value, tokens_seen / max(seconds, 1e-9))
-        if self._due(config.train.log_every) or self.step == config.train.steps:
-            values = {"loss": loss_value, "lr": lr, "grad_norm": norm_value, **describe_routing(routings)}
-            folder.log(step=self.step, split="train", **values, tokens=tokens_seen, seconds=round(seconds, 3))
-            board.log(self.step, "train", values)
-        return None
+        self.seconds = time.monotonic() - started
+        if numbers is not None and self._logs(update):
+            tokens_seen = update * config.train.batch_size * config.train.seq_len
+            seen = [Routing(*(mean_over_data(field, self.world) for field in routing)) for routing in routings]
+            values = {"loss": numbers[0], "lr": lr, "grad_norm": numbers[1], **describe_routing(seen)}
+            if config.guard.sigmas is not None:
+                values["skipped"] = self.guard.skipped
+            self.watcher.step(update, numbers[0], tokens_seen / max(self.seconds, 1e-9))
+            folder.log(step=update, split="train", **values, tokens=tokens_seen, seconds=round(self.seconds, 3))
+            board.log(update, "train", values)
 
-    def _micro_batches(self, batch: np.ndarray) -> list[Tensor]:
-        return [check_ids(part, self.vocab).to(self.device) for part in np.split(batch, self.config.train.accumulate)]
+    def _logs(self, update: int) -> bool:
+        return self._due(self.config.train.log_every, update) or update == self.config.train.steps
 
-    def _explain(self, micros: list[Tensor]) -> str:
+    def _looks(self, update: int) -> bool:
+        """Whether the host waits for this update's numbers: to log them, or because something rests on the weights."""
+        rests = (self.config.train.eval_every, self.config.checkpoint.every)
+        return self._logs(update) or self.watch.due(update) or any(self._due(every, update) for every in rests)
+
+    def _micro_batches(self, step: int) -> list[Tensor]:
+        """This process's rows of each micro-batch."""
+        world = self.world
+        parts = np.split(self.sampler.batch(step), self.config.train.accumulate)
+        rows = [np.split(part, world.data_size)[world.data_rank] for part in parts]
+        return [check_ids(np.ascontiguousarray(part), self.vocab).to(self.device) for part in rows]
+
+    def _seed_dropout(self, number: int) -> None:
+        """Random numbers of a micro-batch follow from the seed and its place, so that no generator has to be saved."""
+        if self.config.model.dropout:
+            words = f"dropout/{self.config.seed}/{self.step}/{number}/{self.world.data_rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little") >> 1)
+
+    def _explain(self) -> str:
         """Names what was non-finite first, micro-batch by micro-batch, without the compiler."""
+        if self.world.mesh is not None:
+            return "loss or norm of the gradient"
+        micros = self._micro_batches(self.step)
 
-        def repeat(tokens: Tensor) -> Callable[[], Tensor]:
+        def repeat(number: int) -> Callable[[], Tensor]:
             def loss() -> Tensor:
+                self._seed_dropout(number)
                 with self._autocast():
-                    return self.model.objective(tokens).total
+                    return self.model.objective(micros[number]).total
 
             return loss
 
-        reasons = [first_nonfinite(self.model, repeat(tokens)) for tokens in micros]
+        reasons = [first_nonfinite(self.model, repeat(number)) for number in range(len(micros))]
         return next((r for r in reasons if r != "norm of the gradient"), reasons[0])
 
     @torch.no_grad()
-    def _validate(self, folder: RunFolder, board: TensorBoard) -> float:
-        """Mean loss over the fixed validation windows."""
-        total, count = 0.0, 0
+    def _validate(self, folder: RunFolder, board: TensorBoard) -> bool:
+        """Mean loss over the fixed validation windows, into `val_loss` (None: not finite); whether it is the best."""
+        world = self.world
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         for windows in self.validation:
+            rows = windows[world.data_rank :: world.data_size]
+            # Sharded weights want every process in every forward pass, also one for which no row is left.
+            tokens = check_ids(np.ascontiguousarray(rows if len(rows) else windows[:1]), self.vocab)
             with self._autocast():
-                total += self.loss(check_ids(windows, self.vocab).to(self.device)).item() * len(windows)
-            count += len(windows)
+                loss = self.model.loss(tokens.to(self.device)).double()
+            total += torch.stack((loss * len(rows), loss.new_tensor(len(rows))))
         self.model.train()
-        loss = total / count
-        folder.log(step=self.step, split="val", loss=loss if math.isfinite(loss) else None)
+        mean = mean_over_data(total, world)
+        loss = float(mean[0] / mean[1])
+        finite = math.isfinite(loss)
+        self.val_loss = loss if finite else None
+        folder.log(step=self.step, split="val", loss=self.val_loss)
         board.log(self.step, "val", {"loss": loss})
         self.watcher.validation(self.step, loss)
-        return loss
+        is_best = finite and (self.best is None or loss < self.best[0])
+        if is_best:
+            self.best = (loss, self.step)
+        return is_best
 
-    def _end(self, folder: RunFolder, status: Status, val_loss: float | None, reason: str | None) -> Result:
-        folder.set_status(status, self.step, val_loss=val_loss, reason=reason)
-        parameters = sum(p.numel() for p in self.model.parameters())
+    def _save(self, saver: Saver) -> None:
+        state = {"seconds": self.seconds, "data": self.fingerprint, "val_loss": self.val_loss, "best": self.best}
+        best = self.best[1] if self.best and self.config.checkpoint.best else None
+        saver.save(self.step, self.tensors(), {**state, "processes": self.world.size}, best)
+
+    def _end(self, folder: RunFolder, status: Status, reason: str | None) -> Result:
+        val_loss = self.val_loss if status == "finished" else None
+        folder.set_status(status, self.step, val_loss=val_loss, reason=reason, skipped=self.guard.skipped)
         return Result(
             status=status,
             step=self.step,
             val_loss=val_loss,
             reason=reason,
-            parameters=parameters,
+            parameters=sum(p.numel() for p in self.model.parameters()),
             seconds=self.seconds,
+            skipped=self.guard.skipped,
         )
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.train.precision == "fp32":
@@ -226,81 +355,15 @@ class _Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that a config means; UserError if this machine has none such."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise bad_value("train.device", name, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise bad_value("train.device", name, f"this machine has {count} CUDA devices that torch can use")
-    return device
-
-
-def check_vocab(config: Config, shards: Shards) -> int:
-    """Rows of the embedding; UserError if the tokenizer has more ids than that."""
-    wanted = config.model.vocab_size
-    if wanted is None and shards.vocab_size is None:
-        raise UserError("model.vocab_size: the shards have no manifest, so it must be set (GPT-2's tokens: 50257)")
-    ids = np.iinfo(shards.train.dtype).max + 1
-    if wanted is not None and shards.vocab_size is None and wanted > ids:
-        # Without a manifest uint32 would be read as twice as many uint16.
-        raise bad_value("model.vocab_size", wanted, f"at most {ids}, what the shards' {shards.train.dtype} can hold")
-    if wanted is not None and shards.vocab_size is not None and wanted < shards.vocab_size:
-        raise bad_value("model.vocab_size", wanted, f"at least {shards.vocab_size}, the tokenizer's vocabulary")
-    return wanted or shards.vocab_size or 0
-
-
-def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarray]]:
-    """The training batches and the validation windows; UserError if the text is too short for them.
-
-    The first of each is looked at here, so that ids beyond the embedding show before a run is made.
-    """
-    train = config.train
-    sampler = Sampler(shards.train, train.batch_size, train.seq_len, config.seed)
-    micro = train.batch_size // train.accumulate
-    # As many windows however the batch is cut, so that accumulation does not change what is measured.
-    batches = train.eval_batches * train.accumulate
-    validation = list(validation_windows(shards.val, micro, train.seq_len, batches))
-    vocab = check_vocab(config, shards)
-    for tokens in (sampler.batch(0), *validation):
-        refuse_unknown_ids(tokens, vocab)
-    return sampler, validation
-
-
-@contextlib.contextmanager
-def within_memory(config: Config) -> Iterator[None]:
-    """Tells in one line that a model or a batch does not fit."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # The CPU allocator of torch has no exception of its own.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        size = config.train.batch_size
-        raise bad_value(
-            "train.batch_size", size, "out of memory; lower it, raise train.accumulate, or take a smaller model"
-        ) from None
-
-
-def refuse_unknown_ids(tokens: np.ndarray, vocab: int) -> None:
-    """A token id outside the embedding would be a crash on a GPU."""
-    largest = int(tokens.max())
-    if largest >= vocab:
-        raise bad_value("model.vocab_size", vocab, f"the shards hold the token id {largest}, so more are needed")
-
-
-def check_ids(tokens: np.ndarray, vocab: int) -> Tensor:
-    """The batch as a tensor, its ids known to the embedding."""
-    refuse_unknown_ids(tokens, vocab)
-    return torch.from_numpy(tokens)
-
-
-def _last_validation(folder: RunFolder) -> float | None:
-    lines = [line for line in folder.metrics() if line["split"] == "val"]
-    return lines[-1]["loss"] if lines else None
+def _build(config: Config, vocab: int, world: World) -> GPT:
+    """The model of the config's seed, spread over the processes and compiled as the config says."""
+    if world.mesh is None:
+        model = build_gpt(config, vocab=vocab, device=world.device)
+        parallelize(model, world, config)
+        return model
+    # Drawn shard by shard: the whole of a large model need not fit into one process.
+    model = build_gpt(config, vocab=vocab, device="meta")
+    parallelize(model, world, config)
+    model.to_empty(device=world.device)
+    model.init_weights(config.seed)
+    return model

@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class TensorBoard:
-    """Writes scalars into the run folder; does nothing without the `tensorboard` package."""
+    """Writes scalars into the run folder; does nothing without the `tensorboard` package, or if it is off."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, *, off: bool = False) -> None:
         self._writer = None
-        if importlib.util.find_spec("tensorboard") is not None:
+        if not off and importlib.util.find_spec("tensorboard") is not None:
             # Imported late: it costs a second, and not everybody has it.
             summary = importlib.import_module("torch.utils.tensorboard")
             self._writer = summary.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,7 +31,9 @@ def first_nonfinite(model: nn.Module, loss: Callable[[], Tensor]) -> str:
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         model.zero_grad(set_to_none=True)
-        value = loss()
+        # Compiled blocks would not ask for the hooks.
+        with torch.compiler.set_stance("force_eager"):
+            value = loss()
         if not found and value.isfinite():
             value.backward()
     finally:

@@ -3,12 +3,13 @@
 | file | content |
 |---|---|
 | config.toml | the resolved settings |
-| environment.json | versions, device, commit |
+| environment.json | versions, device, commit; `resumed`: the same of later parts, where they differ |
 | metrics.jsonl | one object a line, each with `step` (updates done), `split` and `loss` |
 | watch.jsonl | one object a line, each with `step`; see `gptnorm.train.watch`. Only if something is watched |
-| status.json | `status` (running, finished, diverged, interrupted), `step`, `val_loss`, `reason` |
+| status.json | `status` (running, finished, diverged, interrupted), `step`, `val_loss`, `reason`, `skipped` |
 | checkpoints/step-NNNNNN/ | see `gptnorm.train.checkpoint` |
 | report.html | the same for people |
+| lock | held by the process that is at work here |
 """
 
 from __future__ import annotations
@@ -21,54 +22,81 @@ from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.recipe import dump_toml, read_config
+from gptnorm.train.checkpoint import set_aside_beyond
+from gptnorm.train.lock import FolderLock
 
 Status = Literal["running", "finished", "diverged", "interrupted"]
 
 
-class RunFolder:
-    """Reads and writes one run folder; see the module's table."""
+_OWN = ("config.toml", "environment.json", "metrics.jsonl", "watch.jsonl", "status.json", "checkpoints", "lock")
+"""What is written here; none of it may be a link to somewhere else."""
 
-    def __init__(self, path: Path) -> None:
+
+class RunFolder:
+    """Reads and writes one run folder; see the module's table.
+
+    With several processes all have one, and only the first one's `writes`.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.writes = writes
+        self._lock = FolderLock(path)
         self._metrics = path / "metrics.jsonl"
         self._watch = path / "watch.jsonl"
         self._lines: Any = None
 
-    @classmethod
-    def create(cls, path: Path, config: Config, environment: dict[str, Any]) -> RunFolder:
-        """A new run's folder.
+    def begin(self, config: Config, environment: dict[str, Any]) -> None:
+        """Makes the folder of a new run and takes its lock.
 
         Raises:
             UserError: the folder holds a run, or cannot be made.
         """
+        path = self.path
         try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             if (path / "config.toml").exists():
+                self._lock.release()
                 raise bad_value(
                     "run.dir",
                     str(path),
                     f"holds a run already; continue it with 'gptnorm resume {path}', or name another",
                 )
-            path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "environment.json", json.dumps(environment, indent=2) + "\n")
             (path / "metrics.jsonl").touch()
             write_atomic(path / "config.toml", dump_toml(config))
         except OSError as error:
+            self._lock.release()
             raise bad_value("run.dir", str(path), f"cannot be written: {error.strerror}") from None
-        return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """A run's folder that exists; UserError if there is none."""
+    def open(cls, path: Path, *, writes: bool = True) -> RunFolder:
+        """A run's folder that exists, without its lock.
+
+        Raises:
+            UserError: there is none, or a file of it is a symbolic link (a stranger's folder could have us write
+                through it).
+        """
         if not (path / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (it has no config.toml)")
-        return cls(path)
+        for name in _OWN:
+            if (path / name).is_symlink():
+                raise UserError(f"{path / name}: a symbolic link, which is not followed; move the whole run folder")
+        return cls(path, writes=writes)
+
+    def lock(self) -> None:
+        """Takes the lock; UserError if another process is at work here."""
+        self._lock.acquire()
 
     def config(self) -> Config:
         return read_config(self.path / "config.toml")
 
     def log(self, **fields: Any) -> None:
         """Appends a line to metrics.jsonl."""
+        if not self.writes:
+            return
         if self._lines is None:
             self._lines = self._metrics.open("a", encoding="utf-8")
         self._lines.write(json.dumps(fields) + "\n")
@@ -76,6 +104,8 @@ class RunFolder:
 
     def log_watch(self, **fields: Any) -> None:
         """Appends a line to watch.jsonl; these are few, so the file is not kept open."""
+        if not self.writes:
+            return
         with self._watch.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, allow_nan=False) + "\n")
 
@@ -85,19 +115,36 @@ class RunFolder:
             raise UserError(f"{self._metrics}: no such file, so the run cannot be continued")
         return _complete_lines(self._metrics)
 
-    def rewind(self, step: int) -> None:
-        """Drops every line after `step`, so that after a resume each step stands once."""
-        self.close()
+    def rewind(self, step: int, environment: dict[str, Any]) -> None:
+        """Makes the folder that of a run at `step`, so that after a resume each step stands once.
+
+        Lines after `step` are dropped, checkpoints after it set aside; the environment is recorded if it is another.
+        """
+        self._close_lines()
         files = {self._metrics: self.metrics()}
         if self._watch.is_file():
             files[self._watch] = _complete_lines(self._watch)
         for path, lines in files.items():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        set_aside_beyond(self.checkpoints, step)
+        self._note_environment(step, environment)
+
+    def _note_environment(self, step: int, environment: dict[str, Any]) -> None:
+        """Records where the run goes on, if that is not where it was before."""
+        path = self.path / "environment.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        parts = [{key: value for key, value in known.items() if key != "resumed"}, *known.get("resumed", [])]
+        here = {"step": step, **environment}
+        if any(parts[-1].get(key) != value for key, value in environment.items() if key != "started"):
+            known["resumed"] = [*known.get("resumed", []), here]
+            write_atomic(path, json.dumps(known, indent=2) + "\n")
 
     def set_status(
-        self, status: Status, step: int, *, val_loss: float | None = None, reason: str | None = None
+        self, status: Status, step: int, *, val_loss: float | None = None, reason: str | None = None, skipped: int = 0
     ) -> None:
-        record = {"status": status, "step": step, "val_loss": val_loss, "reason": reason}
+        if not self.writes:
+            return
+        record = {"status": status, "step": step, "val_loss": val_loss, "reason": reason, "skipped": skipped}
         write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
     def status(self) -> dict[str, Any]:
@@ -107,6 +154,11 @@ class RunFolder:
             return {"status": "running", "step": 0, "val_loss": None, "reason": None}
 
     def close(self) -> None:
+        """Closes the files and lets go of the lock."""
+        self._close_lines()
+        self._lock.release()
+
+    def _close_lines(self) -> None:
         if self._lines is not None:
             self._lines.close()
             self._lines = None

@@ -14,6 +14,62 @@ from gptnorm.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 
+KILLED = """if True:
+    import os, random, signal, sys, threading, time
+    from pathlib import Path
+    from gptnorm.config import DataConfig
+    from gptnorm.data import build, encoder
+    from gptnorm.data.progress import Silent
+
+    # Many commits, many batches: many places to be killed at.
+    build.COMMIT_SECONDS, encoder.BATCH_BYTES = 0.0, 12_000
+    sources, folder, settings, kills = sys.argv[1:]
+    config = DataConfig(path=tuple(sources.split()), **eval(settings))
+    if "hf:" in sources:
+        import datasets, torch
+
+    events, last, delay = 0, None, 0.0
+
+    def die():
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def wrapper(*arguments, **settings):
+            global events
+            events += 1
+            if events == last:
+                # Some time after: in the midst of whatever comes next.
+                threading.Thread(target=die).start()
+            return function(*arguments, **settings)
+        return wrapper
+
+    os.fsync, os.replace, build.Writer.write = map(counted, (os.fsync, os.replace, build.Writer.write))
+
+    def run(folder, seed=None):
+        global last, delay
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            if seed is not None:
+                draw = random.Random(seed)
+                last, delay = draw.randint(1, 30), draw.uniform(0, 0.01)
+            build.build_shards(config, Path(folder), Silent(), workers=2)
+            os._exit(0)
+        except BaseException as error:
+            print(type(error), error, flush=True)
+            os._exit(1)
+
+    midway = 0
+    for kill in range(int(kills)):
+        assert run(folder, kill) in (0, -signal.SIGKILL)
+        journal = Path(folder, ".build", "journal.json")
+        midway += journal.exists() and '"documents": 0' not in journal.read_text()
+    assert run(folder) == 0
+    print(midway)
+"""
+
 
 @pytest.fixture
 def configure(tmp_path: Path) -> Callable[..., DataConfig]:
@@ -50,8 +106,9 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             [sys.executable, "-c", script, *map(str, arguments)],
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
         )
         started.append(process)
         return process
@@ -60,3 +117,16 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def build_killed(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
+    """Build in processes that are killed at random points, one after the other, and at last in one that is not."""
+
+    def build(sources: list[object], folder: Path, settings: str, kills: int = 10) -> None:
+        process = start(KILLED, " ".join(map(str, sources)), folder, settings, kills)
+        output, error = process.communicate(timeout=180)
+        assert process.returncode == 0, output + error
+        assert int(output) > 2, "too few kills met a half-built folder"
+
+    return build

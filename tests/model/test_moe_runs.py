@@ -10,13 +10,13 @@ import pytest
 import torch
 from cases import tiny_gpt, tokens
 from model.test_moe import branch, inputs
+from saving import load, save
 
 from gptnorm import cli
 from gptnorm.config import MoEConfig, OptimConfig
 from gptnorm.data import prepare
 from gptnorm.model.moe import frozen_routing, reference_experts
 from gptnorm.recipe import load_recipe
-from gptnorm.train.checkpoint import load_checkpoint, save_checkpoint
 from gptnorm.train.loop import resume_run, start_run
 from gptnorm.train.optim import build_optimizer
 
@@ -105,9 +105,9 @@ def test_checkpoint_keeps_bias_and_gain(tmp_path: Any) -> None:
         return model, optimizer
 
     model, optimizer = trained(0)
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    path = save(tmp_path, 1, model, optimizer)
     other, other_optimizer = trained(1)
-    load_checkpoint(path, other, other_optimizer)
+    load(path, other, other_optimizer)
     assert any(b.abs().sum() > 0 for name, b in model.named_buffers() if name.endswith("bias"))
     for (name, a), b in zip(model.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(a, b), name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, ROW_OF, shake, tiny_gpt, tokens
+from saving import load, save
 from strategies.plain import PLAIN, Plain
 from torch import Tensor
 
@@ -18,8 +19,7 @@ from gptnorm.model import GPT, Objective
 from gptnorm.model.moe import frozen_routing
 from gptnorm.model.projection import WeightOwner
 from gptnorm.strategies import STRATEGIES
-from gptnorm.train.checkpoint import load_checkpoint, save_checkpoint
-from gptnorm.train.optim import build_optimizer
+from gptnorm.train.optim import Optimizers, build_optimizer
 
 every_case = pytest.mark.parametrize(("strategy", "backbone", "moe"), CASES)
 
@@ -214,22 +214,22 @@ def test_checkpoint_round_trip(strategy: str, backbone: BackboneName, moe: bool,
     """Saved after two updates and loaded into another draw: the third update comes out bit for bit."""
     config = OptimConfig()
 
-    def update(model: GPT, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    def update(model: GPT, optimizer: Optimizers, seed: int) -> None:
         optimizer.zero_grad()
         model.objective(tokens(seed=seed)).total.backward()
         optimizer.step()
         model.after_step()
 
-    def make(seed: int) -> tuple[GPT, torch.optim.AdamW]:
+    def make(seed: int) -> tuple[GPT, Optimizers]:
         model = tiny_gpt(strategy, backbone, moe=moe, seed=seed)
         return model, build_optimizer(model, config)
 
     model, optimizer = make(seed=1)
     update(model, optimizer, 0)
     update(model, optimizer, 1)
-    folder = save_checkpoint(tmp_path, 2, model, optimizer, {})
+    folder = save(tmp_path, 2, model, optimizer)
     other, other_optimizer = make(seed=2)
-    load_checkpoint(folder, other, other_optimizer)
+    load(folder, other, other_optimizer)
     for pair in ((model, optimizer), (other, other_optimizer)):
         update(*pair, 2)
     expected = model.state_dict()

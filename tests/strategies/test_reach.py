@@ -22,7 +22,7 @@ from gptnorm.norms import After, Constant, LearnedScale, Norm
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies import STRATEGIES
 from gptnorm.strategies.base import Attention, Branch, Constraint, FeedForward, Group, State, Strategy
-from gptnorm.train.optim import build_optimizer, set_lr
+from gptnorm.train.optim import build_optimizer
 
 
 class Reach(Strategy):
@@ -167,7 +167,7 @@ def test_groups(decay_on: str) -> None:
     model = build("llama2")
     config = OptimConfig(lr=1e-2, weight_decay=0.4, decay_on=decay_on)
     optimizer = build_optimizer(model, config)
-    set_lr(optimizer, 1e-2)
+    optimizer.set_lr(1e-2)
     model.loss(tokens()).backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()

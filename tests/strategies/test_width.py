@@ -14,7 +14,7 @@ from gptnorm.model import GPT, build_gpt
 from gptnorm.norms import LearnedScaleModule
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies import STRATEGIES
-from gptnorm.train.optim import build_optimizer, set_lr
+from gptnorm.train.optim import build_optimizer
 
 BASE, HEAD = 64, 16
 
@@ -159,7 +159,7 @@ def movement(strategy: str, rule: str, width: int) -> tuple[float, float]:
     for _ in range(3):
         optimizer.zero_grad()
         model.loss(batch).backward()
-        set_lr(optimizer, 2e-4)
+        optimizer.set_lr(2e-4)
         optimizer.step()
         model.after_step()
     with torch.no_grad():

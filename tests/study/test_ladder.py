@@ -18,7 +18,7 @@ from gptnorm.strategies import STRATEGIES
 from gptnorm.study.grid import make_cells, read_study, run_study
 from gptnorm.study.signal import signal
 from gptnorm.tables import flatten
-from gptnorm.train.loop import open_batches
+from gptnorm.train.inputs import open_batches
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 QUIET = Console(quiet=True)

@@ -1,0 +1,67 @@
+"""What the processes of a run tell each other outside the training: small things, over CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gptnorm.errors import UserError
+
+T = TypeVar("T")
+
+Group = dist.ProcessGroup
+"""All processes of a run; None stands for a single one."""
+
+
+def cpu_group() -> Group | None:
+    """A new group of all processes for CPU tensors; None: there is one process. Every process has to call it."""
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, Group)
+    return group
+
+
+def rank_in(group: Group | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: Group | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def any_of(flag: bool, group: Group | None) -> bool:
+    """Whether any process says so."""
+    if group is None:
+        return flag
+    word = torch.tensor(int(flag))
+    dist.all_reduce(word, dist.ReduceOp.MAX, group)
+    return bool(word)
+
+
+def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
+    """All processes' words together."""
+    if group is None:
+        return words
+    found: list[dict[str, str]] = [{} for _ in range(size_of(group))]
+    dist.all_gather_object(found, words, group=group)
+    return {key: value for part in found for key, value in part.items()}
+
+
+def on_first(action: Callable[[], T], group: Group | None) -> T:
+    """The first process acts, and all get what came of it: the value, or its UserError."""
+    if group is None:
+        return action()
+    word: list[Any] = [None, None]
+    if rank_in(group) == 0:
+        try:
+            word = [action(), None]
+        except UserError as error:
+            word = [None, str(error)]
+    dist.broadcast_object_list(word, group_src=0, group=group)
+    if word[1] is not None:
+        raise UserError(word[1])
+    return word[0]

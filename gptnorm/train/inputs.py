@@ -1,0 +1,89 @@
+"""From a config to a device and batches; whatever is wrong with them is found here, before a run is made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptnorm.config import Config
+from gptnorm.data import Sampler, Shards, validation_windows
+from gptnorm.errors import UserError, bad_value
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a config means; UserError if this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise bad_value("train.device", name, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise bad_value("train.device", name, f"this machine has {count} CUDA devices that torch can use")
+    return device
+
+
+def check_vocab(config: Config, shards: Shards) -> int:
+    """Rows of the embedding; UserError if the tokenizer has more ids than that."""
+    wanted = config.model.vocab_size
+    if wanted is None and shards.vocab_size is None:
+        raise UserError("model.vocab_size: the shards have no manifest, so it must be set (GPT-2's tokens: 50257)")
+    ids = np.iinfo(shards.train.dtype).max + 1
+    if wanted is not None and shards.vocab_size is None and wanted > ids:
+        # Without a manifest uint32 would be read as twice as many uint16.
+        raise bad_value("model.vocab_size", wanted, f"at most {ids}, what the shards' {shards.train.dtype} can hold")
+    if wanted is not None and shards.vocab_size is not None and wanted < shards.vocab_size:
+        raise bad_value("model.vocab_size", wanted, f"at least {shards.vocab_size}, the tokenizer's vocabulary")
+    return wanted or shards.vocab_size or 0
+
+
+def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarray]]:
+    """The training batches and the validation windows; UserError if the text is too short for them.
+
+    The first of each is looked at here, so that ids beyond the embedding show before a run is made.
+    """
+    train = config.train
+    sampler = Sampler(shards.train, train.batch_size, train.seq_len, config.seed)
+    micro = train.batch_size // train.accumulate
+    # As many windows however the batch is cut, so that accumulation does not change what is measured.
+    batches = train.eval_batches * train.accumulate
+    validation = list(validation_windows(shards.val, micro, train.seq_len, batches))
+    vocab = check_vocab(config, shards)
+    for tokens in (sampler.batch(0), *validation):
+        refuse_unknown_ids(tokens, vocab)
+    return sampler, validation
+
+
+@contextlib.contextmanager
+def within_memory(config: Config) -> Iterator[None]:
+    """Tells in one line that a model or a batch does not fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator of torch has no exception of its own.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        size = config.train.batch_size
+        raise bad_value(
+            "train.batch_size", size, "out of memory; lower it, raise train.accumulate, or take a smaller model"
+        ) from None
+
+
+def refuse_unknown_ids(tokens: np.ndarray, vocab: int) -> None:
+    """A token id outside the embedding would be a crash on a GPU."""
+    largest = int(tokens.max())
+    if largest >= vocab:
+        raise bad_value("model.vocab_size", vocab, f"the shards hold the token id {largest}, so more are needed")
+
+
+def check_ids(tokens: np.ndarray, vocab: int) -> Tensor:
+    """The batch as a tensor, its ids known to the embedding."""
+    refuse_unknown_ids(tokens, vocab)
+    return torch.from_numpy(tokens)

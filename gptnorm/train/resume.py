@@ -1,0 +1,41 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptnorm.errors import UserError
+from gptnorm.train.agree import Group, on_first
+from gptnorm.train.checkpoint import checkpoint_at, complete_checkpoints, sweep_partial, verify_checkpoint
+
+
+def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | None = None, auto: bool = False) -> Path:
+    """The newest complete checkpoint, or another one on demand, its files verified. Every process calls it.
+
+    Args:
+        folder: with all checkpoints of a run; what a kill left half-written there is removed.
+        step: of the one that is wanted.
+        auto: take the newest that is not damaged.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+
+    def candidates() -> list[Path]:
+        sweep_partial(folder)
+        if step is not None:
+            return [checkpoint_at(folder, step)]
+        return complete_checkpoints(folder)[::-1][: None if auto else 1]
+
+    damage = []
+    for path in on_first(candidates, group):
+        try:
+            verify_checkpoint(path, group)
+        except UserError as error:
+            damage.append(str(error))
+        else:
+            return path
+    if not damage:
+        raise UserError(f"{folder}: no checkpoint to resume from; checkpoint.every sets how often one is written")
+    other = "" if auto else "; --auto takes the newest sound checkpoint, --step N another"
+    raise UserError("; ".join(damage) + other)
