@@ -14,6 +14,7 @@ project's defaults. A preset stands for its sizes in the layer that names it.
 from __future__ import annotations
 
 import contextlib
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -208,7 +209,8 @@ def _with_absolute_paths(config: Config) -> Config:
     """Local files by their full path: a run can then be resumed from any folder."""
 
     def absolute(path: str) -> str:
-        local = Path(path).expanduser()
+        # Path.expanduser raises where there is no such home.
+        local = Path(os.path.expanduser(path))
         return str(local.absolute()) if path not in BUILT_IN_CORPORA and local.exists() else path
 
     data = config.data

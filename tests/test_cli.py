@@ -131,7 +131,7 @@ def test_a_run_and_what_is_wrong_with_it_later(place, monkeypatch, capfd):
     assert call(monkeypatch, "resume", "run") == 0
     assert capfd.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
 
-    with (place / "run/checkpoints/step-000004/model.safetensors").open("r+b") as file:
+    with (place / "run/checkpoints/step-000004/shard-00001-model-00001-of-00002.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     assert call(monkeypatch, "resume", "run") == 2

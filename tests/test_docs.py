@@ -96,7 +96,6 @@ PAGES_OF_SCRIPTS = [
     ("catalogue", "catalogue.md"),
     ("controls", "controls.md"),
     ("deep_stacks", "deep-stacks.md"),
-    ("experts", "experts.md"),
 ]
 
 

@@ -26,7 +26,7 @@ from gptnorm.data.card import DATA_CARD_FILE, data_card
 from gptnorm.data.corpora import NAMES
 from gptnorm.data.encoder import Batch, Encoder, batches
 from gptnorm.data.folder import Journal, Target, is_empty, is_half_built
-from gptnorm.data.names import is_hub_name
+from gptnorm.data.names import expand, is_hub_name
 from gptnorm.data.progress import Lines, Progress, Watcher
 from gptnorm.data.shards import (
     FORMAT,
@@ -108,9 +108,9 @@ def build_shards(
         if target.is_foreign():
             raise target.refuse("holds files that are no shards built here; name a new folder, or an empty one")
         for path in (config.path,) if isinstance(config.path, str) else config.path:
-            if path in NAMES or not Path(path).is_dir():
+            if path in NAMES or not expand(path).is_dir():
                 continue
-            if folder.resolve().is_relative_to(Path(path).resolve()):
+            if folder.resolve().is_relative_to(expand(path).resolve()):
                 raise target.refuse(f"lies in the source {path!r}, which it would change; name a folder outside it")
     except OSError as error:
         raise target.refuse(f"is no folder that can be used ({error.strerror})") from None
@@ -125,16 +125,16 @@ def build_shards(
 def cache_folder(config: DataConfig) -> Path:
     """Where shards are kept: data.cache, $GPTNORM_CACHE, $XDG_CACHE_HOME/gptnorm or ~/.cache/gptnorm."""
     if chosen := config.cache or os.environ.get("GPTNORM_CACHE"):
-        return Path(chosen).expanduser()
+        return expand(chosen)
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "gptnorm"
-    return Path("~/.cache/gptnorm").expanduser()
+    return expand("~/.cache/gptnorm")
 
 
 def _ready_folder(config: DataConfig) -> Path | None:
     if not isinstance(config.path, str):
         return None
-    folder = Path(config.path).expanduser()
+    folder = expand(config.path)
     if is_half_built(folder):
         reason = "is half built; the same 'gptnorm data build' that was cut off goes on where it was"
         raise bad_value("data.path", config.path, reason)
@@ -165,7 +165,7 @@ def _plan(config: DataConfig, source: Source) -> dict[str, Any]:
     elif config.tokenizer == "bpe":
         tokenizer = f"bpe of {config.bpe_vocab}"
     else:
-        tokenizer = f"{sha256_file(Path(config.tokenizer).expanduser())} {config.end_of_text}"
+        tokenizer = f"{sha256_file(expand(config.tokenizer))} {config.end_of_text}"
     names = ("text_field", "val_fraction", "val_tokens", "max_tokens", "max_documents", "deduplicate")
     settings = {f"data.{name}": getattr(config, name) for name in names}
     return {"format": FORMAT, **settings, "data.tokenizer": tokenizer, "source": source.identity}

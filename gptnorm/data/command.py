@@ -14,6 +14,7 @@ from rich.table import Table
 from gptnorm.config import DataConfig
 from gptnorm.data.build import build_shards
 from gptnorm.data.card import DATA_CARD_FILE, bytes_per_token
+from gptnorm.data.names import expand
 from gptnorm.data.progress import make_watcher
 from gptnorm.data.shards import MANIFEST_FILE, Shards, read_manifest
 from gptnorm.errors import UserError, bad_value
@@ -77,7 +78,7 @@ def read_arguments(
     if "path" in table:
         raise bad_value("data.path", table["path"], "give it as an argument: gptnorm data build SOURCE... --dir FOLDER")
     for source in sources:
-        if "=" in source and not Path(source).expanduser().exists():
+        if "=" in source and not expand(source).exists():
             raise UserError(
                 f"{source!r}: no such file; a setting is written data.KEY=VALUE, such as data.tokenizer=bpe"
             )

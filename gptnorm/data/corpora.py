@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from gptnorm.config import BUILT_IN_CORPORA, DataConfig
 from gptnorm.data.hashes import hash_files
-from gptnorm.data.names import NAMED
+from gptnorm.data.names import NAMED, expand
 from gptnorm.data.pieces import cut, piece_size
 from gptnorm.data.progress import Watcher
 from gptnorm.data.readers import READERS, Chunks, reader_of, unreadable
@@ -214,7 +214,7 @@ def _files_of(path: str) -> list[CorpusFile]:
         return _sotu()
     if path == "stdlib":
         return _stdlib()
-    given = Path(path).expanduser()
+    given = expand(path)
     known = ", ".join(READERS)
     if given.is_file():
         if reader_of(given) is None:

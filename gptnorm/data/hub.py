@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptnorm.data.corpora import Document, State
-from gptnorm.data.names import HubName
+from gptnorm.data.names import HubName, expand
 from gptnorm.errors import UserError, bad_value
 
 SHOWN = 20
@@ -43,7 +43,7 @@ class HubDataset:
         """See `Source`; of a folder, with the names, sizes and times of its files."""
         name = self.name
         parts = [str(part) for part in (name.repository, name.revision, name.config, name.split)]
-        return {"dataset": ":".join([*parts, *([_state_of_folder(Path(name.repository))] if name.is_local else [])])}
+        return {"dataset": ":".join([*parts, *([_state_of_folder(expand(name.repository))] if name.is_local else [])])}
 
     @property
     def text_bytes(self) -> int | None:
@@ -92,7 +92,7 @@ class HubDataset:
     def _open(self) -> Any:
         if self._builder is None:
             datasets = _import(self.name)
-            path = str(Path(self.name.repository).expanduser().absolute()) if self.name.is_local else None
+            path = str(expand(self.name.repository).absolute()) if self.name.is_local else None
             try:
                 self._builder = datasets.load_dataset_builder(
                     path or self.name.repository, self.name.config, revision=self._revision or self.name.revision
@@ -189,7 +189,7 @@ def _import(name: HubName) -> Any:
 
 def _state_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
-    for place, folders, names in os.walk(folder.expanduser()):
+    for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             found = os.stat(os.path.join(place, name))

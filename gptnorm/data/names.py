@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ NAMED = {
 FORM = "hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]], or hf:FOLDER[:CONFIG[:SPLIT]]"
 
 
+def expand(path: str) -> Path:
+    """The path with `~` written out; left as it is where there is no such home."""
+    return Path(os.path.expanduser(path))
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubName:
     """What `hf:…` says."""
@@ -39,7 +45,7 @@ class HubName:
     @property
     def is_local(self) -> bool:
         """Whether it is a folder of this machine."""
-        return Path(self.repository).expanduser().is_dir()
+        return expand(self.repository).is_dir()
 
 
 def is_hub_name(source: str) -> bool:
@@ -58,7 +64,7 @@ def parse_hub_name(source: str) -> HubName:
         raise bad_value("data.path", source, f"is written {FORM}")
     path = repository
     revision = None
-    if not Path(repository).expanduser().is_dir():
+    if not expand(repository).is_dir():
         path, _, revision = repository.partition("@")
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
             raise bad_value("data.path", source, f"is no folder, and a dataset of the Hub is written {FORM}")

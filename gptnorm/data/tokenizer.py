@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptnorm.data.names import expand
 from gptnorm.errors import bad_value
 
 END_OF_TEXT = "<|endoftext|>"
@@ -168,7 +169,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _read_inner(path: str) -> tokenizers.Tokenizer:
-    file = Path(path).expanduser()
+    file = expand(path)
     if not file.is_file():
         raise bad_value("data.tokenizer", path, 'no such file; "bytes", "bpe", or the path of a tokenizer.json')
     try:

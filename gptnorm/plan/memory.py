@@ -93,6 +93,7 @@ def moments(trace: Trace, groups: Groups, *, itemsize: int, reshard: bool, data:
     | moment | whole weights and gradients, in numbers of `itemsize` | buffers of reductions, fp32 |
     |---|---|---|
     | the loss | head and rest, which stay gathered from the forward pass to the end | none |
+    | the head's backward pass | these, the last block on its way | none |
     | the head's gradient is reduced | these, its gradient, the last block on its way | its own |
     | a block's backward pass | these, it, the one before on its way, its gradient, the rest's | that of its successor |
     | the embedding's backward pass | these, it, its gradient, the rest's | that of the first block |
@@ -117,6 +118,7 @@ def moments(trace: Trace, groups: Groups, *, itemsize: int, reshard: bool, data:
 
     return [
         whole(trace.loss_peak, 0, 0),
+        whole(trace.head_peak, gathered * block, 0),
         whole(trace.blocks[-1], head + gathered * block, buffers(head)),
         whole(trace.backward_peak, gathered * 2 * block + block + groups.rest, 4 * max(block, head)),
         whole(trace.opened, gathered * groups.embed + groups.embed + groups.rest, 4 * block),
@@ -151,7 +153,7 @@ class MemoryModel:
             size, reshard = self.dtype.itemsize, self.config.parallel.reshard
             worst = moments(trace, self.groups, itemsize=size, reshard=reshard, data=self.data)
         else:
-            worst = [(trace.loss_peak, 0), (trace.backward_peak, 0)]
+            worst = [(trace.loss_peak, 0), (trace.head_peak, 0), (trace.backward_peak, 0)]
         peak, beside = max(worst, key=lambda moment: moment[0].total + moment[1])
         kept = min(trace.kept.total - trace.kept.copies, peak.total - peak.copies)
         shard = -(-4 * self.groups.total // self.data)

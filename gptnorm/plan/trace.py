@@ -50,7 +50,9 @@ class Trace:
     kept: Live
     """When the backward pass begins."""
     loss_peak: Live
-    """At the worst moment from the last block's end until the head's backward pass has ended."""
+    """At the worst moment from the last block's end until the gradient of the logits is there."""
+    head_peak: Live
+    """At the worst moment of the head's backward pass."""
     backward_peak: Live
     """At the worst moment of the rest: the blocks' forward and backward passes."""
 
@@ -230,11 +232,13 @@ def trace_pass(
         marks.append(tracker.live)
 
     def before_head(head: nn.Module, inputs: tuple[Tensor]) -> None:
-        peaks.append(tracker.peak)
-        tracker.start_peak()
-        inputs[0].register_hook(after_head)
+        next_peak()
+        inputs[0].register_hook(next_peak)
 
-    def after_head(gradient: Tensor) -> None:
+    def after_head(head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
+        logits.register_hook(next_peak)
+
+    def next_peak(*_: object) -> None:
         peaks.append(tracker.peak)
         tracker.start_peak()
 
@@ -242,6 +246,7 @@ def trace_pass(
         model.blocks[0].register_forward_pre_hook(mark),
         *(block.register_forward_hook(mark) for block in model.blocks),
         model.head.register_forward_pre_hook(before_head),
+        model.head.register_forward_hook(after_head),
     ]
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with tracker, cuda_kernels() if cuda else contextlib.nullcontext():
@@ -252,11 +257,12 @@ def trace_pass(
     for handle in handles:
         handle.remove()
     model.zero_grad(set_to_none=True)
-    forward_peak, loss_peak = peaks
+    forward_peak, loss_peak, head_peak = peaks
     return Trace(
         opened=marks[0],
         blocks=tuple(marks[1:]),
         kept=kept,
         loss_peak=loss_peak,
+        head_peak=head_peak,
         backward_peak=max(forward_peak, tracker.peak),
     )

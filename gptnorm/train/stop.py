@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ class StopWish:
     """Which signal asked the process to stop, if any.
 
     The first one is only noted, so that the loop can finish its step and write a checkpoint; a second Ctrl-C
-    interrupts at once.
+    interrupts at once. Not under torchrun, whose processes get one Ctrl-C twice: from the terminal and from torchrun.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._impatient = "RANK" not in os.environ
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -35,6 +37,6 @@ class StopWish:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal is not None and number == signal.SIGINT and self._impatient:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)

@@ -34,6 +34,8 @@ def call(monkeypatch, line):
         ("data build --dir out", ["SOURCE"]),
         ("data build nosuch --dir out", ["data.path = 'nosuch'", "c4", "sotu"]),
         ("data build empty.txt --dir out", ["no text"]),
+        ("data build ~nobody0/texts --dir out", ["data.path", "no such file"]),
+        ("data build hf:~nobody0/texts --dir out", ["data.path", "OWNER/NAME"]),
         ("data build text.txt tokenizer=bpe --dir out", ["tokenizer=bpe", "data.KEY=VALUE"]),
         ("data build text.txt data.tokenizr=bpe --dir out", ["data.tokenizr", "did you mean tokenizer?"]),
         ("data build text.txt data.tokenizer=gpt2 --dir out", ["data.tokenizer = 'gpt2'", "tokenizer.json"]),

@@ -87,13 +87,20 @@ def test_kill_9_and_resume_with_the_same_number_is_bit_identical(recipe, double,
 
 
 @pytest.mark.slow
-def test_sigterm_reaches_all_and_a_checkpoint_is_written(recipe, double, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_all_write_a_checkpoint_first(recipe, double, tmp_path, number):
+    """SIGTERM goes to torchrun alone, Ctrl-C to every process of the terminal, and from torchrun to its own again."""
     folder = tmp_path / "run"
     words = torchrun(2, "train", recipe, f"run.dir={folder}", *SETTINGS, "checkpoint.every=0")
     where = environment(OMP_NUM_THREADS="1")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=where, text=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=where, text=True, start_new_session=True
+    )
     wait_for_step(folder, 4, process)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert status(folder)["status"] == "interrupted"
     assert f"continue with: gptnorm resume {folder}" in out
