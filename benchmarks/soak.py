@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptnorm.environment import describe_environment
-from gptnorm.train.checkpoint import complete_checkpoints, verify_checkpoint
+from gptnorm.train.checkpoint import checkpoints_in, verify_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "laptop/prenorm"
@@ -57,7 +57,7 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
-    newest = complete_checkpoints(folder / "checkpoints")[-1]
+    newest = checkpoints_in(folder / "checkpoints")[-1]
     return {
         f"{newest.name}/{path.name}/{name}": tensor.numpy().tobytes()
         for path in newest.glob("*.safetensors")
@@ -65,14 +65,21 @@ def tensors(folder: Path) -> dict[str, bytes]:
     }
 
 
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
 def disturb(folder: Path, arguments: list[str], dice: random.Random, processes: int) -> str:
     """Starts the command and ends it at a random moment; how it ended."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     gently = processes == 1 and dice.random() < 0.1
     try:
         _, err = process.communicate(timeout=dice.uniform(0.2, LONGEST))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM if gently else signal.SIGKILL)
+        # torchrun's processes have sessions of their own, and would live on.
+        for pid in (*children(process.pid), process.pid):
+            os.kill(pid, signal.SIGTERM if gently else signal.SIGKILL)
         _, err = process.communicate()
     if process.returncode == -signal.SIGKILL:
         return "killed"
@@ -101,26 +108,29 @@ def main() -> None:
         if ends["ended"]:
             # It came to its end before it was killed often enough: go back to an early step and on from there.
             check(straight, cut)
-            for checkpoint in complete_checkpoints(cut / "checkpoints"):
+            for checkpoint in checkpoints_in(cut / "checkpoints"):
                 shutil.rmtree(checkpoint)
             shutil.rmtree(cut)
             ends["begun again"] += 1
             ends["ended"] = 0
-        resumable = bool(complete_checkpoints(cut / "checkpoints"))
+        resumable = bool(checkpoints_in(cut / "checkpoints"))
         if not resumable:
             shutil.rmtree(cut, ignore_errors=True)
         words = ("resume", str(cut)) if resumable else ("train", RECIPE, f"run.dir={cut}", *settings)
-        ends[disturb(cut, launch(options.processes, *words), dice, options.processes)] += 1
-        partial = list((cut / "checkpoints").glob(".step-*")) if cut.exists() else []
-        where["while writing or removing a checkpoint" if partial else "elsewhere"] += 1
-        for checkpoint in complete_checkpoints(cut / "checkpoints"):
+        end = disturb(cut, launch(options.processes, *words), dice, options.processes)
+        ends[end] += 1
+        if end == "killed":
+            partial = list((cut / "checkpoints").glob(".step-*")) if cut.exists() else []
+            where["while writing or removing a checkpoint" if partial else "elsewhere"] += 1
+        for checkpoint in checkpoints_in(cut / "checkpoints"):
             try:
                 verify_checkpoint(checkpoint)
             except Exception as error:
                 damaged += 1
                 print(error)
         print(f"\r{ends['killed']} kills", end="", file=sys.stderr)
-    subprocess.run(launch(options.processes, "resume", str(cut)), check=True)
+    words = ("resume", str(cut)) if checkpoints_in(cut / "checkpoints") else ("resume", str(cut), "--step", "0")
+    subprocess.run(launch(options.processes, *words), check=True)
     check(straight, cut)
     assert not damaged, f"{damaged} damaged checkpoints"
 

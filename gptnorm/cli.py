@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,13 +65,15 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     warn(config)
     stop = StopWish()
     with stop.listening():
-        result = start_run(config, shards, path, make_watcher(console), stop)
-    finish(path, result, stop)
+        result = start_run(config, shards, path, make_watcher(console), stop, finish)
+    leave(result, stop)
 
 
 @app.command()
 @RUN
-@click.option("--step", type=click.IntRange(min=0), help="Go on from this checkpoint; later ones are set aside.")
+@click.option(
+    "--step", type=click.IntRange(min=0), help="Go on from this checkpoint; later ones are set aside. 0: begin again."
+)
 @click.option("--auto", is_flag=True, help="Should the newest checkpoint be damaged, take the newest that is not.")
 def resume(run: Path, step: int | None, auto: bool) -> None:
     """Continue the run in folder RUN from its newest complete checkpoint."""
@@ -86,8 +89,8 @@ def resume(run: Path, step: int | None, auto: bool) -> None:
     warn(config)
     stop = StopWish()
     with stop.listening():
-        result = resume_run(run, shards, make_watcher(console), stop, step=step, auto=auto)
-    finish(run, result, stop)
+        result = resume_run(run, shards, make_watcher(console), stop, after=finish, step=step, auto=auto)
+    leave(result, stop)
 
 
 @app.command()
@@ -95,22 +98,28 @@ def resume(run: Path, step: int | None, auto: bool) -> None:
 def verify(folders: tuple[Path, ...]) -> None:
     """Compare checkpoints of runs, and shards of text, with the hashes in their manifests."""
     from gptnorm.data import Shards
-    from gptnorm.train.checkpoint import complete_checkpoints, verify_checkpoint
+    from gptnorm.train.checkpoint import checkpoints_in, verify_checkpoint
     from gptnorm.train.run_folder import RunFolder
 
     damage = []
     for folder in folders:
-        if (folder / "config.toml").is_file():
-            for checkpoint in complete_checkpoints(RunFolder.open(folder).checkpoints):
-                try:
-                    verify_checkpoint(checkpoint)
-                    say(f"{checkpoint}: sound")
-                except UserError as error:
-                    damage.append(str(error))
-        elif names := Shards.open(folder).verify():
-            say(f"{folder}: sound ({', '.join(names)})")
-        else:
-            say(f"{folder}: has no manifest to compare with")
+        try:
+            if not (folder / "config.toml").is_file():
+                names = Shards.open(folder).verify()
+                say(f"{folder}: sound ({', '.join(names)})" if names else f"{folder}: has no manifest to compare with")
+                continue
+            checkpoints = checkpoints_in(RunFolder.open(folder).checkpoints)
+        except UserError as error:
+            damage.append(str(error))
+            continue
+        if not checkpoints:
+            say(f"{folder}: has no checkpoint")
+        for checkpoint in checkpoints:
+            try:
+                verify_checkpoint(checkpoint)
+                say(f"{checkpoint}: sound")
+            except UserError as error:
+                damage.append(str(error))
     if damage:
         raise UserError("; ".join(damage))
 
@@ -372,30 +381,31 @@ def warn(config: Config) -> None:
         say(f"warning: {line}")
 
 
-def finish(path: Path, result: Result, stop: StopWish) -> None:
+def finish(path: Path, result: Result) -> None:
     """Writes the run's report and says how it ended."""
     from gptnorm.report.html import write_run_report
 
-    if not is_first():
-        raise click.exceptions.Exit(exit_code(result, stop))
-    say(f"report: {write_run_report(path)}")
+    try:
+        say(f"report: {write_run_report(path)}")
+    except OSError as error:
+        raise UserError(f"{path}: the report cannot be written ({error.strerror})") from None
     if result.skipped:
         say(f"{result.skipped} updates left out as spikes")
     if result.status == "interrupted":
         say(f"stopped by {result.reason} at step {result.step}; continue with: gptnorm resume {path}")
-        raise click.exceptions.Exit(exit_code(result, stop))
-    if result.status == "diverged":
+    elif result.status == "diverged":
         say(f"diverged at step {result.step}: the {result.reason} was non-finite first; nothing was updated with it")
-        raise click.exceptions.Exit(EXIT_DIVERGED)
-    say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s")
-    say(f"validation loss {result.val_loss:.4f}")
+    else:
+        say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s")
+        say(f"validation loss {result.val_loss:.4f}")
 
 
-def exit_code(result: Result, stop: StopWish) -> int:
-    """That of the module's list, for how a run ended."""
+def leave(result: Result, stop: StopWish) -> None:
+    """Exits with the code of the module's list, unless the run finished."""
     if result.status == "interrupted":
-        return 128 + (stop.signal or signal.SIGTERM)
-    return EXIT_DIVERGED if result.status == "diverged" else 0
+        raise click.exceptions.Exit(128 + (stop.signal or signal.SIGTERM))
+    if result.status == "diverged":
+        raise click.exceptions.Exit(EXIT_DIVERGED)
 
 
 def is_first() -> bool:
@@ -405,6 +415,7 @@ def is_first() -> bool:
 
 def main() -> None:
     """Runs the command; every error that a person can mend is one line and exit code 2."""
+    threading.excepthook = thread_failed
     try:
         code = app(prog_name="gptnorm", standalone_mode=False)
     except UserError as error:
@@ -424,9 +435,16 @@ def main() -> None:
     sys.exit(code)
 
 
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Says nothing of a full disk in TensorBoard's own thread: the run meets it too, and says it in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 def complain(message: str) -> int:
-    if is_first():
-        print(f"gptnorm: {' '.join(message.split())}", file=sys.stderr)
+    # Of several processes any may be the one that fails, and torchrun ends the others.
+    who = "gptnorm" if is_first() else f"gptnorm (process {os.environ['RANK']})"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 

@@ -33,13 +33,13 @@ def size_of(group: Group | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def any_of(flag: bool, group: Group | None) -> bool:
-    """Whether any process says so."""
+def largest(number: int, group: Group | None) -> int:
+    """The largest of all processes' numbers."""
     if group is None:
-        return flag
-    word = torch.tensor(int(flag))
+        return number
+    word = torch.tensor(number)
     dist.all_reduce(word, dist.ReduceOp.MAX, group)
-    return bool(word)
+    return int(word)
 
 
 def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
@@ -61,6 +61,8 @@ def on_first(action: Callable[[], T], group: Group | None) -> T:
             word = [action(), None]
         except UserError as error:
             word = [None, str(error)]
+        except OSError as error:
+            word = [None, f"{error.filename or 'the run folder'}: cannot be written ({error.strerror or error})"]
     dist.broadcast_object_list(word, group_src=0, group=group)
     if word[1] is not None:
         raise UserError(word[1])

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import sha256_file, sync_folder, write_atomic
-from gptnorm.train.agree import Group, merged, rank_in, size_of
+from gptnorm.train.agree import Group, merged, on_first, rank_in, size_of
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
@@ -66,7 +66,7 @@ def save_checkpoint(
     aside = folder / f".{final.name}.partial"
     rank = rank_in(group)
     try:
-        aside.mkdir(parents=True, exist_ok=True)
+        on_first(lambda: _empty(aside), group)
         writer = HuggingFaceStorageWriter(
             str(aside),
             fqn_to_index_mapping={name: 1 if name.startswith("model/") else 2 for name in tensors},
@@ -82,7 +82,8 @@ def save_checkpoint(
                 shutil.rmtree(final)
             os.rename(aside, final)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, CheckpointException):
             raise _system_error(error) from None
         raise
@@ -142,22 +143,21 @@ def verify_checkpoint(path: Path, group: Group | None = None) -> None:
         raise UserError(word)
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints, by step; their files may still be damaged (`verify_checkpoint`)."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints, by step. Each was complete once, and may be damaged by now (`verify_checkpoint`)."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step."""
-    return next(reversed(complete_checkpoints(folder)), None)
+    """The checkpoint of the highest step."""
+    return next(reversed(checkpoints_in(folder)), None)
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:
-    """The complete checkpoint of a step; UserError, with those that there are, if there is none."""
-    found = {step_of(path): path for path in complete_checkpoints(folder)}
+    """The checkpoint of a step; UserError, with those that there are, if there is none."""
+    found = {step_of(path): path for path in checkpoints_in(folder)}
     if step not in found:
         there = ", ".join(map(str, sorted(found))) or "none"
         raise bad_value("--step", step, f"{folder} holds the steps: {there}")
@@ -166,7 +166,8 @@ def checkpoint_at(folder: Path, step: int) -> Path:
 
 def set_aside_beyond(folder: Path, step: int) -> None:
     """Renames the checkpoints of later steps to `aside-step-NNNNNN`; a run that goes on from `step` writes new ones."""
-    for path in complete_checkpoints(folder):
+    # The newest first: after a kill in between, what is left is still the older ones.
+    for path in reversed(checkpoints_in(folder)):
         if step_of(path) > step:
             aside = path.with_name(f"aside-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -175,7 +176,7 @@ def set_aside_beyond(folder: Path, step: int) -> None:
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None = None) -> None:
     """Removes all but the newest `keep` and that of step `best`; call it after the new one is complete."""
-    for path in complete_checkpoints(folder)[:-keep]:
+    for path in checkpoints_in(folder)[:-keep]:
         if step_of(path) != best:
             # Renamed first: a kill halfway must not leave a damaged folder under a checkpoint's name.
             doomed = path.with_name(f".{path.name}.partial")
@@ -192,6 +193,16 @@ def sweep_partial(folder: Path) -> None:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def _empty(folder: Path) -> None:
+    """Makes the folder, which must not be what a kill, or a stranger, left under its name."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    sync_folder(folder.parent.parent)
 
 
 def _first_damage(path: Path, group: Group | None) -> str | None:

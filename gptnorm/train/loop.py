@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
-from gptnorm.train.agree import any_of, cpu_group, on_first
+from gptnorm.train.agree import cpu_group, largest, on_first
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
 from gptnorm.train.inputs import check_ids, check_vocab, open_batches, within_memory
@@ -39,6 +40,9 @@ from gptnorm.train.watch import Watch, summarize
 
 VERIFIED_BYTES = 1 << 28
 """Shards of at most this size are compared with their hashes at every start; `gptnorm verify` does it at any size."""
+
+
+After = Callable[[Path, "Result"], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +73,25 @@ def _opened_world(config: Config) -> Iterator[World]:
 
 
 def start_run(
-    config: Config, shards: Shards, path: Path, watcher: Watcher | None = None, stop: StopWish | None = None
+    config: Config,
+    shards: Shards,
+    path: Path,
+    watcher: Watcher | None = None,
+    stop: StopWish | None = None,
+    after: After | None = None,
 ) -> Result:
     """Trains a new run into `path`; everything that can be wrong with the input is found before it is made.
 
     Args:
         stop: looked at after every step; once it names a signal, a checkpoint is written and the run ends.
+        after: what the first process does with the folder and the result while the others wait.
     """
     with _opened_world(config) as world, within_memory(config):
         trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
         # Each process may have found another free folder.
         folder = RunFolder(on_first(lambda: path, trainer.group), writes=world.main)
         on_first(lambda: folder.begin(config, describe_environment(trainer.device)), trainer.group)
-        return trainer.run(folder)
+        return _finished(trainer, folder, after)
 
 
 def resume_run(
@@ -90,13 +100,15 @@ def resume_run(
     watcher: Watcher | None = None,
     stop: StopWish | None = None,
     *,
+    after: After | None = None,
     step: int | None = None,
     auto: bool = False,
 ) -> Result:
-    """Continues a run from its newest complete checkpoint.
+    """Continues a run from its newest checkpoint.
 
     Args:
-        step: of another checkpoint; the later ones are set aside.
+        after: as for `start_run`.
+        step: of another checkpoint; the later ones are set aside. 0: the beginning, which needs none.
         auto: if the newest is damaged, take the newest that is not, and set the later ones aside.
 
     Raises:
@@ -108,12 +120,28 @@ def resume_run(
         folder = RunFolder.open(path, writes=world.main)
         on_first(folder.lock, trainer.group)
         try:
-            trainer.restore(choose_checkpoint(folder.checkpoints, trainer.group, step=step, auto=auto))
+            if step != 0:
+                trainer.restore(choose_checkpoint(folder.checkpoints, trainer.group, step=step, auto=auto))
             on_first(lambda: folder.rewind(trainer.step, describe_environment(trainer.device)), trainer.group)
+        except OSError as error:
+            folder.close()
+            raise _unwritable(folder, error) from None
         except BaseException:
             folder.close()
             raise
-        return trainer.run(folder)
+        return _finished(trainer, folder, after)
+
+
+def _finished(trainer: _Trainer, folder: RunFolder, after: After | None) -> Result:
+    result = trainer.run(folder)
+    if after is not None:
+        # Nobody leaves before the first process has written its report: torchrun ends all once one has gone.
+        on_first(lambda: after(folder.path, result), trainer.group)
+    return result
+
+
+def _unwritable(folder: RunFolder, error: OSError) -> UserError:
+    return UserError(f"{folder.path}: cannot be written ({error.strerror or error})")
 
 
 class _Trainer:
@@ -159,10 +187,16 @@ class _Trainer:
         """Everything from a verified checkpoint."""
         self.optimizer.prime()
         state = load_checkpoint(checkpoint, self.tensors(), self.group)
-        if state.get("data") != self.fingerprint:
+        try:
+            step, seconds, val_loss, best, data = (
+                state[key] for key in ("step", "seconds", "val_loss", "best", "data")
+            )
+            self.step, self.seconds, self.val_loss = int(step), float(seconds), val_loss
+            self.best = (float(best[0]), int(best[1])) if best else None
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise UserError(f"{checkpoint / 'state.json'}: not the state of a run") from None
+        if data != self.fingerprint:
             raise bad_value("data.path", self.config.data.path, "the text is not what it was when this run began")
-        self.step, self.seconds, self.val_loss = state["step"], state["seconds"], state["val_loss"]
-        self.best = tuple(state["best"]) if state["best"] else None
         self.guard.look()
 
     def run(self, folder: RunFolder) -> Result:
@@ -172,10 +206,11 @@ class _Trainer:
             UserError: the folder can no longer be written, a full disk for one.
         """
         started = time.monotonic() - self.seconds
-        board = TensorBoard(folder.path, self.step, off=not self.world.main)
         saver = Saver(folder.checkpoints, self.config.checkpoint)
+        board = None
         try:
             folder.set_status("running", self.step)
+            board = TensorBoard(folder.path, self.step, off=not self.world.main)
             self.watcher.start(self.step, self.config.train.steps)
             status, reason = self._train(folder, board, saver, started)
             saver.wait()
@@ -185,14 +220,14 @@ class _Trainer:
             with contextlib.suppress(OSError):
                 folder.set_status("interrupted", self.step, skipped=self.guard.skipped)
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise UserError(f"{folder.path}: cannot be written ({error.strerror or error})") from None
+                raise _unwritable(folder, error) from None
             raise
         finally:
             self.watcher.stop()
-            with contextlib.suppress(OSError):
-                board.close()
-            saver.close()
-            folder.close()
+            # What these could still say has been said: a full disk fails each of them again.
+            for close in (*((board.close,) if board else ()), saver.close, folder.close):
+                with contextlib.suppress(OSError):
+                    close()
 
     def _train(self, folder: RunFolder, board: TensorBoard, saver: Saver, started: float) -> tuple[Status, str | None]:
         """Steps until the last one, or until something ends the run; how it ended, and why."""
@@ -200,7 +235,8 @@ class _Trainer:
         while self.step < train.steps:
             self._update(folder, board, started)
             last = self.step == train.steps
-            stopping = any_of(self.stop.signal is not None, self.group) and not last
+            stopping = 0 if last else largest(self.stop.signal or 0, self.group)
+            saver.complain()
             if stopping:
                 self.guard.look()
             if self.guard.nonfinite_at:
@@ -214,9 +250,10 @@ class _Trainer:
             self.seconds = time.monotonic() - started
             due = self._due(checkpoint.every, self.step) or (last and checkpoint.final)
             if due or stopping or (new_best and checkpoint.best):
+                folder.sync()
                 self._save(saver)
             if stopping:
-                return "interrupted", self.stop.signal.name if self.stop.signal else "signal to another process"
+                return "interrupted", signal.Signals(stopping).name
         return "finished", None
 
     def _update(self, folder: RunFolder, board: TensorBoard, started: float) -> None:

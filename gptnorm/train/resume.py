@@ -6,11 +6,11 @@ from pathlib import Path
 
 from gptnorm.errors import UserError
 from gptnorm.train.agree import Group, on_first
-from gptnorm.train.checkpoint import checkpoint_at, complete_checkpoints, sweep_partial, verify_checkpoint
+from gptnorm.train.checkpoint import checkpoint_at, checkpoints_in, sweep_partial, verify_checkpoint
 
 
 def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | None = None, auto: bool = False) -> Path:
-    """The newest complete checkpoint, or another one on demand, its files verified. Every process calls it.
+    """The newest checkpoint, or another one on demand, its files verified. Every process calls it.
 
     Args:
         folder: with all checkpoints of a run; what a kill left half-written there is removed.
@@ -25,7 +25,7 @@ def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | N
         sweep_partial(folder)
         if step is not None:
             return [checkpoint_at(folder, step)]
-        return complete_checkpoints(folder)[::-1][: None if auto else 1]
+        return checkpoints_in(folder)[::-1][: None if auto else 1]
 
     damage = []
     for path in on_first(candidates, group):
@@ -36,6 +36,6 @@ def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | N
         else:
             return path
     if not damage:
-        raise UserError(f"{folder}: no checkpoint to resume from; checkpoint.every sets how often one is written")
+        raise UserError(f"{folder}: no checkpoint to resume from; --step 0 begins the run again")
     other = "" if auto else "; --auto takes the newest sound checkpoint, --step N another"
     raise UserError("; ".join(damage) + other)

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,16 @@ from gptnorm.train.lock import FolderLock
 Status = Literal["running", "finished", "diverged", "interrupted"]
 
 
-_OWN = ("config.toml", "environment.json", "metrics.jsonl", "watch.jsonl", "status.json", "checkpoints", "lock")
+_OWN = (
+    "config.toml",
+    "environment.json",
+    "metrics.jsonl",
+    "watch.jsonl",
+    "status.json",
+    "checkpoints",
+    "lock",
+    "tensorboard",
+)
 """What is written here; none of it may be a link to somewhere else."""
 
 
@@ -81,9 +91,11 @@ class RunFolder:
         """
         if not (path / "config.toml").is_file():
             raise UserError(f"{path}: not a run folder (it has no config.toml)")
-        for name in _OWN:
-            if (path / name).is_symlink():
-                raise UserError(f"{path / name}: a symbolic link, which is not followed; move the whole run folder")
+        checkpoints = path / "checkpoints"
+        inside = checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ()
+        for own in (*(path / name for name in _OWN), *inside):
+            if own.is_symlink():
+                raise UserError(f"{own}: a symbolic link, which is not followed; move the whole run folder")
         return cls(path, writes=writes)
 
     def lock(self) -> None:
@@ -121,18 +133,19 @@ class RunFolder:
         Lines after `step` are dropped, checkpoints after it set aside; the environment is recorded if it is another.
         """
         self._close_lines()
+        # Before the lines are cut: a kill in between must not leave a checkpoint whose lines are gone.
+        set_aside_beyond(self.checkpoints, step)
         files = {self._metrics: self.metrics()}
         if self._watch.is_file():
             files[self._watch] = _complete_lines(self._watch)
         for path, lines in files.items():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
-        set_aside_beyond(self.checkpoints, step)
         self._note_environment(step, environment)
 
     def _note_environment(self, step: int, environment: dict[str, Any]) -> None:
         """Records where the run goes on, if that is not where it was before."""
         path = self.path / "environment.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = _read_object(path)
         parts = [{key: value for key, value in known.items() if key != "resumed"}, *known.get("resumed", [])]
         here = {"step": step, **environment}
         if any(parts[-1].get(key) != value for key, value in environment.items() if key != "started"):
@@ -155,22 +168,44 @@ class RunFolder:
 
     def close(self) -> None:
         """Closes the files and lets go of the lock."""
-        self._close_lines()
-        self._lock.release()
+        try:
+            self._close_lines()
+        finally:
+            self._lock.release()
+
+    def sync(self) -> None:
+        """Makes the lines written so far durable, as the checkpoint that stands for them will be."""
+        if self._lines is not None:
+            os.fsync(self._lines.fileno())
 
     def _close_lines(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.close()
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise UserError(f"{path}: line {len(found) + 1} is none that a run writes")
+        found.append(line)
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("resumed", []), list):
+        raise UserError(f"{path}: not what a run writes")
     return found
 
 

@@ -44,6 +44,11 @@ class Saver:
             return
         self._running = self._thread.submit(self._write, step, staged(tensors), dict(state), best)
 
+    def complain(self) -> None:
+        """OSError if the last write has failed by now; it waits for nothing."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
     def wait(self) -> None:
         """Returns when nothing is being written; OSError if the last write failed."""
         running, self._running = self._running, None

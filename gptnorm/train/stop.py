@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
 
 class StopWish:
@@ -25,11 +25,15 @@ class StopWish:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hears SIGINT and SIGTERM in here; signals reach the main thread alone, so elsewhere it does nothing."""
+        """Hears SIGINT, SIGTERM and SIGHUP in here, those that are not ignored already (nohup does so).
+
+        Signals reach the main thread alone, so elsewhere it does nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:

@@ -13,9 +13,14 @@ folder=""
 for word in "$@"; do
     case $word in run.dir=*) folder=${word#run.dir=} ;; esac
 done
-if [ -n "$folder" ] && compgen -G "$folder/checkpoints/step-*/manifest.json" >/dev/null; then
+if [ -n "$folder" ] && compgen -G "$folder/checkpoints/step-*" >/dev/null; then
     set -- resume "$folder" --auto
+elif [ -n "$folder" ] && [ -e "$folder/config.toml" ]; then
+    set -- resume "$folder" --step 0
 else
     set -- train "$@"
 fi
-exec torchrun --standalone --nproc-per-node="$processes" -m gptnorm "$@"
+# How long a checkpoint may take after Ctrl-C or SIGTERM; older versions of torchrun know 30 seconds only.
+patience=()
+if torchrun --help | grep -q -- --shutdown-timeout; then patience=(--shutdown-timeout 110); fi
+exec torchrun --standalone --nproc-per-node="$processes" "${patience[@]}" -m gptnorm "$@"

@@ -77,7 +77,7 @@ def test_manifest_is_true(tmp_path):
     assert all(sha256_file(path / name) == digest for name, digest in manifest.items())
 
 
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "state.json"])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damage_is_named(tmp_path, name, harm):
     path = save(tmp_path, 1, *trained())
@@ -90,8 +90,11 @@ def test_damage_is_named(tmp_path, name, harm):
         (path / name).write_bytes(content[:-1])
     else:
         (path / name).unlink()
-    with pytest.raises(UserError, match=f"step-000001/{name}: {'missing' if harm == 'remove' else 'damaged'}"):
+    found = f"step-000001/{name}: {'missing' if harm == 'remove' else 'damaged'}"
+    with pytest.raises(UserError, match="step-000001" if name == "manifest.json" else found):
         verify_checkpoint(path)
+    with pytest.raises(UserError, match="step-000001"):
+        choose_checkpoint(tmp_path)
 
 
 def test_a_damaged_newest_is_left_out_only_on_demand(tmp_path):

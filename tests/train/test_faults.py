@@ -164,6 +164,12 @@ def test_a_strangers_links_are_not_followed(copy, tmp_path):
             RunFolder.open(copy)
         path.unlink()
         path.write_bytes(before)
+    for name in ("checkpoints/step-000060", "checkpoints/.step-000060.partial", "checkpoints/aside-step-000060"):
+        (tmp_path / "victim").mkdir(exist_ok=True)
+        (copy / name).symlink_to(tmp_path / "victim")
+        with pytest.raises(UserError, match=r"step-000060.*: a symbolic link"):
+            RunFolder.open(copy)
+        (copy / name).unlink()
     checkpoints = copy / "checkpoints"
     checkpoints.rename(tmp_path / "elsewhere")
     checkpoints.symlink_to(tmp_path / "elsewhere")
@@ -208,3 +214,41 @@ def test_verify_names_what_is_damaged(copy, tmp_path):
     assert refused(done, str(damaged))
     assert done.stdout.strip() == f"{copy / 'checkpoints/step-000050'}: sound"
     assert refused(run("verify", tmp_path), "train.bin")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_on_demand(recipe, straight, tmp_path):
+    folder = tmp_path / "run"
+    process = start("train", recipe, f"run.dir={folder}", *SETTINGS, "checkpoint.every=0", "train.steps=60")
+    wait_for_step(folder, 5, process)
+    process.kill()
+    ended(process)
+    if status(folder)["status"] == "running":
+        assert refused(run("resume", folder), "no checkpoint", "--step 0")
+        assert run("resume", folder, "--step", "0").returncode == 0
+    assert numbers(folder) == numbers(straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "5\n"),
+        ("metrics.jsonl", '{"a": 1}\n'),
+        ("environment.json", "[]"),
+        ("environment.json", "{"),
+    ],
+)
+def test_a_file_that_no_run_writes_is_one_line(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        RunFolder.open(copy).rewind(50, {"torch": "9"})
+
+
+def test_no_room_for_a_line_is_one_line(recipe, straight, tmp_path):
+    """Not the checkpoint but metrics.jsonl is what no longer fits."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    folder = tmp_path / "run"
+    done = run("train", recipe, f"run.dir={folder}", *SETTINGS, "checkpoint.every=0", preexec_fn=limit)
+    assert refused(done, str(folder), "File too large")
