@@ -96,6 +96,7 @@ PAGES_OF_SCRIPTS = [
     ("catalogue", "catalogue.md"),
     ("controls", "controls.md"),
     ("deep_stacks", "deep-stacks.md"),
+    ("experts", "experts.md"),
 ]
 
 
