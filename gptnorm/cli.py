@@ -1,7 +1,7 @@
 """The command `gptnorm`.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 3 the run diverged, 130 and 143 stopped by
-Ctrl-C and by SIGTERM (a training run writes a checkpoint first).
+Exit codes: 0 done, 2 bad input (one line on stderr says what), 3 the run diverged, 130, 143 and 129 stopped by
+Ctrl-C, SIGTERM and SIGHUP (a training run writes a checkpoint first).
 """
 
 from __future__ import annotations
@@ -383,6 +383,7 @@ def warn(config: Config) -> None:
 
 def finish(path: Path, result: Result) -> None:
     """Writes the run's report and says how it ended."""
+    from gptnorm.report.format import plural
     from gptnorm.report.html import write_run_report
 
     try:
@@ -390,7 +391,7 @@ def finish(path: Path, result: Result) -> None:
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written ({error.strerror})") from None
     if result.skipped:
-        say(f"{result.skipped} updates left out as spikes")
+        say(f"{plural(result.skipped, 'update')} left out as spikes")
     if result.status == "interrupted":
         say(f"stopped by {result.reason} at step {result.step}; continue with: gptnorm resume {path}")
     elif result.status == "diverged":

@@ -118,6 +118,7 @@ def cuda_kernels() -> Iterator[None]:
 
     def rms_norm(x: Tensor, size: tuple[int, ...], gain: Tensor | None = None, eps: float | None = None) -> Tensor:
         if gain is None or gain.dtype == x.dtype:
+            # Function.apply is declared to return anything.
             return _FusedRMSNorm.apply(x, tuple(size), gain)  # type: ignore[return-value]
         return plain(x, list(size), gain, eps)
 
@@ -133,6 +134,7 @@ def _fp32_experts() -> Iterator[None]:
     def grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None) -> Tensor:
         if x.dtype == torch.bfloat16:
             return plain(x, weight, offs=offs)
+        # As above.
         return _GroupedProduct.apply(x, weight)  # type: ignore[return-value]
 
     with _replaced("grouped_mm", grouped_mm):

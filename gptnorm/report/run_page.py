@@ -58,6 +58,7 @@ def _run_summary(
         *([("Strategy", value_text(strategy))] if strategy is not None else []),
         ("Status", str(status.get("status") or "unknown")),
         ("Steps", count_text(max(steps, default=None) if last is None else last)),
+        *([("Updates left out as spikes", count_text(skipped))] if (skipped := finite(status.get("skipped"))) else []),
         ("Final validation loss", _with_unit(loss_text(finite(status.get("val_loss"))), "nats per token")),
         ("Speed", _with_unit(count_text(rate), "tokens per second")),
         ("Time in training", duration_text(max(seconds, default=None))),

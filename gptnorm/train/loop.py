@@ -167,7 +167,7 @@ class _Trainer:
         self.model = _build(config, self.vocab, world)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.guard = Guard(config.guard, self.device)
-        # Its readings go around the model's own forward pass, which sharded weights need.
+        # It reads gains and updates of whole weights, which no process has where they are sharded.
         watch = config.watch if world.mesh is None else replace(config.watch, every=0)
         self.watch = Watch(self.model, watch, self._autocast)
         self.step = 0

@@ -49,6 +49,7 @@ class Optimizers:
             return
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
+                # Attributes that only the gradient scaler sets, so that the class does not declare them.
                 part.grad_scale, part.found_inf = None, leave_out  # type: ignore[attr-defined]
             part.step()
 

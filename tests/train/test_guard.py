@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stopping import train
 from gptnorm.config import GuardConfig
 from gptnorm.data import prepare
 from gptnorm.recipe import load_recipe
+from gptnorm.report.html import write_run_report
 from gptnorm.train import loop
 from gptnorm.train.guard import Guard
 
@@ -82,6 +84,8 @@ def test_a_spike_is_left_out_whole(recipe, tmp_path, name):
     found = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in found if line["split"] == "train"] == [0] * 20 + [1, 1]
     assert json.loads((tmp_path / "run/status.json").read_text())["skipped"] == 1
+    page = write_run_report(tmp_path / "run").read_text()
+    assert re.search(r"Updates left out as spikes</dt>\s*<dd[^>]*>1<", page)
 
 
 def test_a_number_that_is_not_finite_is_found_late_and_has_changed_nothing(recipe, tmp_path):
