@@ -69,4 +69,4 @@ def page(root: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(COMPARISON, HEAD, "controls.md", __doc__)
+    main(COMPARISON, page, "controls.md", __doc__)

@@ -44,4 +44,4 @@ def page(root: Path) -> str:
 
 
 if __name__ == "__main__":
-    main(COMPARISON, HEAD, "experts.md", __doc__)
+    main(COMPARISON, page, "experts.md", __doc__)

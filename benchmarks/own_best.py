@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,15 +144,15 @@ class Comparison:
             run_study(self.recipe, (f'study.strategies=["{row.strategy}"]', *grid, *row.settings), folder, console)
 
 
-def main(comparison: Comparison, head: str, page: str, description: str | None) -> None:
-    """The command line of a script with one comparison."""
+def main(comparison: Comparison, page: Callable[[Path], str], name: str, description: str | None) -> None:
+    """The command line of a script with one comparison, whose page it writes under that name."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="where the ledgers are kept: docs/results")
     parser.add_argument("--write-only", action="store_true", help="only rewrite the page from the ledgers")
     arguments = parser.parse_args()
     if not arguments.write_only:
         comparison.measure(arguments.root, Console())
-    write_atomic(arguments.root / page, comparison.page(arguments.root, head))
+    write_atomic(arguments.root / name, page(arguments.root))
 
 
 def _text(loss: float | None) -> str:

@@ -131,6 +131,7 @@ ROWS = [
     ),
     *_rows("DeepNorm", "deepnorm", {"own": (16, 0.99, 1.000, 0.00, 0.13)}),
     *_rows("KEEL (α = 2L)", "keel", {"unit": (6.6e4, 0.99, 1.000, 0.03, 0.58)}),
+    *_rows("KEEL, first attention plain", "keel", {"unit": (6.6e4, 0.99, 1.000, 0.03, 0.58)}, first_attention="plain"),
     *_rows("LNS", "lns", {"unit": (3.6, 1.35, 1.000, 0.23, 0.004)}),
     *_rows("Peri-LN", "periln", {"unit": (289, 23, 0.997, 0.68, 0.15)}),
     *_rows(

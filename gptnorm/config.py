@@ -242,7 +242,7 @@ class OptimConfig:
     warmup: NonNegativeFloat = 0.1
     """Linear warm-up: a fraction of the steps if below 1, else a number of steps."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Last learning rate as a fraction of the peak."""
+    """Last learning rate as a fraction of the peak; schedule="constant" has none, wsd is a constant with one."""
     wsd_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps over which wsd decays."""
     width_rule: WidthRuleName = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 import shlex
 import sys
@@ -114,3 +115,43 @@ def test_what_was_measured_is_what_the_ledgers_say() -> None:
     record = ROOT / "gptnorm" / "strategies" / "measured.json"
     assert record.read_text(encoding="utf-8") == load_script("catalogue").records(ROOT / "docs" / "results")
     assert set(measurements()) == set(STRATEGIES)
+
+
+def test_pages_of_strategies_say_what_was_measured_and_published() -> None:
+    """Numbers and links as the ledgers have them, and with which models the paper came, as the card has it."""
+    from gptnorm.strategies import STRATEGIES
+    from gptnorm.strategies.catalogue import published
+
+    catalogue = load_script("catalogue")
+    for name, strategy in STRATEGIES.items():
+        assert strategy.card.published_with.strip(), name
+        page = (ROOT / "docs" / "strategies" / f"{name}.md").read_text(encoding="utf-8")
+        assert page == catalogue.strategy_page(name, ROOT / "docs" / "results"), name
+        assert published(strategy.card) in " ".join(page.split()), name
+
+
+def test_cards_name_what_is_extrapolated() -> None:
+    """A terminal shows, for every strategy, which pairs its paper does not have."""
+    from rich.console import Console
+
+    from gptnorm.strategies import STRATEGIES
+    from gptnorm.strategies.catalogue import published, show_one
+
+    for name, strategy in STRATEGIES.items():
+        console = Console(width=1000, record=True, file=io.StringIO())
+        show_one(name, console)
+        assert published(strategy.card) in console.export_text(), name
+
+
+def test_settings_that_differ_are_those_of_the_ledgers() -> None:
+    """The table of the catalogue lists a change for each strategy that presets one, and for no other."""
+    from gptnorm.strategies import STRATEGIES
+
+    catalogue = load_script("catalogue")
+    lines = catalogue.differences(ROOT / "docs" / "results").splitlines()[3:]
+    listed = {line.split(" | ")[0].strip("| ").replace("\\", ""): line for line in lines if line.startswith("|")}
+    for name, strategy in STRATEGIES.items():
+        presets = {key: value for key, value in strategy.recipe_defaults.items() if not key.startswith("moe.")}
+        assert (name in listed) == bool(presets), name
+        for key in presets:
+            assert f"`{key}=" in listed[name], (name, key)

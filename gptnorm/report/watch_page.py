@@ -25,13 +25,15 @@ def watch_sections(readings: list[dict[str, Any]]) -> list[Markup]:
     notes = [
         "Norms: ‖·‖₂ over a token's features, mean over tokens, with the weights before the step.",
         "Update over weight: ‖ΔW‖ / ‖W‖ of one step, median over blocks.",
-        "Attention logits: the worst head of all blocks; the bound is scale · max‖q‖ · max‖k‖, the largest is exact.",
+        "Attention logits: the worst head of all blocks; the bound is scale · max‖q‖ · max‖k‖, the largest is exact "
+        "over the sequences watched.",
     ]
     content = [
         tag("div", _figures(first), class_="panels"),
         tag("ul", [tag("li", note) for note in notes], class_="notes"),
         page.details("Variances, cosines and gains", [tag("div", _figures(more), class_="panels")]),
         page.details(f"Every block at step {count_text(readings[-1]['step'])}", [_table(readings[-1])]),
+        *_heads(readings[-1]),
     ]
     return [page.section("Norms while training", content)]
 
@@ -106,6 +108,21 @@ def _table(reading: dict[str, Any]) -> Markup:
         values = [_text(_at(reading.get(key), layer)) for key in columns.values()]
         rows.append([page.head_cell(str(layer + 1)), *map(page.data_cell, values)])
     return page.table("Norms by block at the last reading", ["block", *columns], rows, class_="numbers")
+
+
+def _heads(reading: dict[str, Any]) -> list[Markup]:
+    """Bound and largest logit of every head; nothing where they were not read."""
+    bounds, largest = (_table_of(reading, "heads").get(key) for key in ("logit_bound", "logit_max"))
+    if not isinstance(bounds, list) or not bounds or not all(isinstance(row, list) for row in bounds):
+        return []
+    rows = []
+    for layer, bound in enumerate(bounds):
+        found = largest[layer] if isinstance(largest, list) and layer < len(largest) else None
+        cells = [f"{_text(_at(bound, head))} / {_text(_at(found, head))}" for head in range(len(bound))]
+        rows.append([page.head_cell(str(layer + 1)), *map(page.data_cell, cells)])
+    columns = ["block", *(f"head {head + 1}" for head in range(max(map(len, bounds))))]
+    table = page.table("Attention logits by head: bound / largest", columns, rows, class_="numbers")
+    return [page.details(f"Every head at step {count_text(reading['step'])}", [table])]
 
 
 def _spread(count: int) -> list[int]:

@@ -57,12 +57,14 @@ class AnGPT(Strategy):
         claims="as reported by a summary: 1.40 times fewer tokens to the same loss than GPT with QK-norm at 0.5B "
         "(nGPT 1.29), 2.75 % more time per step (nGPT 9.6 %); unstable without ν(α); errors of 2 % in the others "
         "change nothing",
+        published_with="a dense GPT with RoPE, SwiGLU and QK-norm, here llama2; whether its head was tied is not known "
+        "here",
         ours="α starts at 0.01 (the summary's number, its subscript unclear) and is stored at 1/√d; one α per feature, "
         "ν(α) elementwise, α may turn negative; s_Z starts at 1; no gain in the norm of q and k; no factor for "
         "attention's averaging; rows are cut to norm 1 (the paper may use a penalty), embedding and head too; the "
-        "cosine ends at 0. No paper describes anGPT with GELU, with learned positions, with a tied head, with grouped "
-        "queries (each head's ν stays) or with experts (each is a feed-forward of its own; router rows are bounded and "
-        "its logits carry √d)",
+        "cosine ends at 0. On gpt2 ν_acf is GELU's, both tables carry 1/√2 and the head stays tied; with grouped "
+        "queries each head's ν stays; with experts each is a feed-forward of its own, router rows are bounded, its "
+        "logits carry √d and the routed sum has a gain (moe.branch_gain = auto)",
     )
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {
         "optim.warmup": 0,

@@ -34,6 +34,7 @@ class B2T(PostNorm):
         folds="nothing: the gains also scale a skip",
         claims="as deep and stable as PreNorm, as good as PostNorm: 27.30 BLEU at 18 layers against 26.57 for PreNorm "
         "(English-German, as a third-party summary reports)",
+        published_with="transformers for translation; GPTs and experts: not known here",
         ours="the equation rests on a summary of the paper and third-party code; its initialisation is not known to "
         "us, the backbone's published one is kept",
     )

@@ -46,6 +46,8 @@ class Card:
     """What can be merged into a weight at inference."""
     claims: str
     """What its paper reports; what we measured stands in `gptnorm.strategies.measured`."""
+    published_with: str
+    """Backbones, and dense or with experts, in its paper as far as we know; all other pairs are our extrapolation."""
     ours: str
     """What is a choice or an extrapolation of ours, not the paper's."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from gptnorm.config import BackboneName
 from gptnorm.reference import settings_table
+from gptnorm.strategies.base import Card
 from gptnorm.strategies.compose import OFFERED, offers
 from gptnorm.strategies.measured import measurements
 from gptnorm.strategies.registry import STRATEGIES, find_strategy
@@ -26,9 +29,10 @@ def show_all(console: Console) -> None:
         loss = found[name].loss if name in found else "–"
         rate = f"{found[name].lr:g}" if name in found else ""
         table.add_row(name, strategy.card.title, strategy.card.equation, loss, rate)
+    seeds = "/".join(str(n) for n in sorted({len(measured.losses) for measured in found.values()}))
     table.caption = (
-        "loss: validation, nats per token, ± seed sd, of the laptop recipe (d 64, 4 blocks, 400 steps) at the "
-        "strategy's own best rate; docs/results/catalogue.md"
+        f"loss: validation, nats per token, mean ± sd over {seeds} seeds, of the laptop recipe (d 64, 4 blocks, 400 "
+        "steps) at the strategy's own best rate, which was picked on another seed; docs/results/catalogue.md"
     )
     table.caption_justify = "left"
     console.print(table)
@@ -56,6 +60,14 @@ def options_markdown() -> str:
     return "\n".join(lines) + f"\n\n{notes}\n"
 
 
+def published(card: Card) -> str:
+    """With what the strategy was published, and what that makes of the other pairs."""
+    return (
+        f"{card.published_with}. Every pair of backbone ({', '.join(get_args(BackboneName))}) and feed-forward (dense, "
+        "experts) not named there counts as our extrapolation"
+    )
+
+
 def show_one(name: str, console: Console) -> None:
     """The whole card, what the strategy changes of the defaults, and its options."""
     strategy = find_strategy(name)
@@ -63,7 +75,8 @@ def show_one(name: str, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for field in dataclasses.fields(strategy.card):
-        table.add_row(field.name, getattr(strategy.card, field.name))
+        text = published(strategy.card) if field.name == "published_with" else getattr(strategy.card, field.name)
+        table.add_row(field.name, text)
     table.add_row("measured", str(measurements().get(name, "not measured yet")))
     refused = [f"{option}: {reason}" for option, reason in offers(strategy()).items() if reason]
     if refused:

@@ -192,8 +192,10 @@ OFFERED: dict[str, dict[str, Any]] = {
     "logit_softcap": {"logit_softcap": 30.0},
     "z_loss": {"z_loss": 1e-4},
     "qk_clip": {"qk_clip": 100.0},
+    "scale_mode=none": {"scale_mode": "none"},
     "scale_mode=init": {"scale_mode": "init"},
     "scale_mode=forward": {"scale_mode": "forward"},
+    "scale_mode=both": {"scale_mode": "both"},
 }
 """What can be set on top of a strategy's presets, one at a time."""
 

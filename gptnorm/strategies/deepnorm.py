@@ -34,6 +34,8 @@ class DeepNorm(PostNorm):
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="nothing: the gain also scales the skip",
         claims="trains up to 1000 layers; in translation 200 layers (3.2B) beat 48 layers (12B) by 5 BLEU",
+        published_with="transformers for translation (its code has the constants of a decoder alone, too); GPTs and "
+        "experts: not known here",
         ours="the factor (8L)^(-1/4) stands on the backbone's own std, in place of its depth factors (the paper: on "
         "Xavier's); a gate, which the paper does not have, is drawn like the rest of the feed-forward",
     )

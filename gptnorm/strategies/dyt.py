@@ -38,8 +38,12 @@ class DyT(Strategy):
         "(untied, without learned positions)",
         claims="as good as norms, mostly without tuning (abstract); at 64M parameters others found its loss 27 % lower "
         "after 1M tokens and 18.8 % higher after 118M (arXiv 2604.23434)",
+        published_with="dense Llama of 7B to 70B in its code (which generation is not known here); experts: not known "
+        "here",
         ours="α starts at the general 0.5; the Llama code takes 0.8 (attention), 0.2 and 0.2 at 7B. An untied "
-        "embedding is drawn with std 1/√d, so that s times it has RMS 1; the rest as the backbone's authors have it",
+        "embedding is drawn with std 1/√d, so that s times it has RMS 1; the rest as the backbone's authors have it. "
+        "There is no β on gpt2 either (the general form has one, the Llama code none); there s multiplies the sum of "
+        "token and position, and the tied table stays as published",
     )
 
     alpha_attn: PositiveFloat = 0.5

@@ -43,8 +43,9 @@ class HybridNorm(PreNorm):
         claims="better than PreNorm and PostNorm at 1.2B (16 layers, 1T tokens) and for a 1B-7B mixture of experts "
         "(500B tokens), by up to 3.8 % on benchmarks (as its README and summaries report); in SiameseNorm's tests it "
         "diverges at rates from 1e-3",
+        published_with="OLMo, dense (1.2B, grouped queries), and OLMoE with experts (1B-7B, the starred form)",
         ours="of its initialisation the depth factor is taken, its std sqrt(2/(5d)) is not: init.std stays the "
-        "recipe's. The paper uses the starred form for its mixture of experts; the plain one is the default here",
+        "recipe's. The plain form is the default here, with experts, too",
     )
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"options.scale_mode": "init"}
 

@@ -34,12 +34,16 @@ class Keel(Normed):
         folds="the gains of the branches' inputs into the matrices that read them; those of the stream stay",
         claims="trains from 64 to over 1000 layers at larger rates than PreNorm and with better perplexity, without an "
         "initialisation of its own",
+        published_with="not known here",
         ours="that α counts sub-layers is a summary's reading; another implementation counts blocks (alpha_count). No "
-        "final norm, all sub-layers alike and the backbone's published initialisation are ours",
+        "final norm, all sub-layers alike (first_attention) and the backbone's published initialisation are ours",
     )
 
     alpha_count: Literal["2L", "L"] = "2L"
     """What α counts: sub-layers (2L, as the paper is reported) or blocks (L)."""
+
+    first_attention: Literal["highway", "plain"] = "highway"
+    """The skip of the first sub-layer: times α as all others, or as it is. Notes on the paper fit either."""
 
     def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
         norm = self.make_norm(shape.d, shape)
@@ -48,6 +52,7 @@ class Keel(Normed):
     def block(self, state: State, attn: Branch, ffn: Branch, own: Any, layer: int, n_layers: int) -> State:
         (x,) = state
         alpha = 2 * n_layers if self.alpha_count == "2L" else n_layers
-        x = own.attn_out(alpha * x + attn(own.attn_in(x)))
+        first = 1 if layer == 0 and self.first_attention == "plain" else alpha
+        x = own.attn_out(first * x + attn(own.attn_in(x)))
         x = own.ffn_out(alpha * x + ffn(own.ffn_in(x)))
         return (x,)

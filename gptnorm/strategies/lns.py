@@ -35,6 +35,8 @@ class LNS(PreNorm):
         "untied head",
         claims="better pre-training than PreNorm from 130M to 7B, and deep blocks that matter; a depth factor in the "
         "initialisation takes some of that away (abstract)",
+        published_with="130M to 7B: dense Llama blocks in its code (which generation is not known here), OLMo at 7B; "
+        "experts: not known here",
         ours="every depth factor of the backbone's initialisation is taken out (options.scale_mode = none), that of "
         "Llama's up included",
     )

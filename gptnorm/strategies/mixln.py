@@ -34,6 +34,8 @@ class MixLN(PreNorm):
         folds="in the PreNorm blocks as PreNorm's, in the others nothing",
         claims="better than PreNorm and PostNorm from 70M to 7B, with gradients more even over the depth; a about 0.25 "
         "at 250M, 0.06 at 7B (as third-party notes report)",
+        published_with="70M to 7B: dense Llama blocks in its code (which generation is not known here); experts: not "
+        "known here",
         ours="the backbone's published initialisation is kept in every block, as its code draws both kinds alike "
         "(without depth factors: options.scale_mode=none)",
     )

@@ -43,6 +43,7 @@ class NGPT(Strategy):
         rope="RoPE first, then the norm of q and k per head",
         folds="s_u, s_v, s_z and √d into their matrices; the norms stay",
         claims="4-20 times fewer tokens to the same loss than GPT; independent runs found 1.5-4 times",
+        published_with="a dense GPT with RoPE, SwiGLU and an untied head, here llama2",
         ours="with grouped queries the heads of a group share s_qk; learned positions are unit rows that are "
         "added and normed once; an ungated feed-forward has √d and s_u before its activation; experts have s_u, s_v "
         "and unit weights of their own, N follows their weighted sum, and the router (unit rows) has √d on its logits",

@@ -37,6 +37,7 @@ class PeriLN(Normed):
         "the embedding's norm into its table (untied, without learned positions)",
         claims="400M: loss 3.34 against 3.43 for PreNorm, five-task average 51.57 against 49.69, no overflow in fp16; "
         "up to 2.8 points over 400M-3.2B (as a third-party review reports)",
+        published_with="models of 400M to 3.2B, whose backbone is not known here; experts: not known here",
         ours="the backbone's published initialisation is kept: the size of W_o and W_down changes Adam's relative "
         "step, not the forward pass; learned positions are added before the embedding's norm",
     )

@@ -30,6 +30,7 @@ class PostNorm(Normed):
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="nothing: the gain also scales the skip",
         claims="needs a learning-rate warm-up (Xiong et al. 2020)",
+        published_with="the encoder-decoder transformer of 2017, dense, which is none of the backbones here",
         ours="the backbone's published initialisation is kept; the original used its own",
     )
 

@@ -32,6 +32,7 @@ class PreNorm(Normed):
         folds="every gain into the matrices that read the normed stream; the final one only into an untied head",
         claims="trains without the long warm-up that PostNorm needs; 7B with rate 1e-3 fails in the "
         "SimpleGPT paper (training loss 4.115 at 20K steps), 3e-4 works",
+        published_with="GPT-2, Llama 2 and Llama 3, dense, and with experts on Llama (Mixtral)",
         ours="nothing",
     )
 

@@ -34,7 +34,9 @@ class PreNormQKNorm(PreNorm):
         rope="query/key norm, then split into heads, then RoPE",
         folds="as PreNorm's; without RoPE the gains of q and k merge into one vector, never into W_q or W_k",
         claims="survives 7B at rate 1e-3 with visible loss spikes: 2.393 at 20K steps, 2.290 at 60K (training loss)",
-        ours="the form that the paper used with GPT-2 is unknown; full width is used there too",
+        published_with="Llama 2 (1B, 7B) and Llama 3 (8B), dense; a dense GPT-2 with a form of QK-norm not known here; "
+        "experts on Llama 2's blocks (OLMoE)",
+        ours="on gpt2 the norms run over the full width, too",
     )
 
     recipe_defaults: ClassVar[Mapping[str, Scalar]] = {"options.qk_norm": "full"}

@@ -33,6 +33,7 @@ class QKVNorm(PreNorm):
         rope="query/key norm, then RoPE",
         folds="as PreNorm's, and the gain of v into W_o; those of q and k stay (RoPE)",
         claims="none of its own: HybridNorm without its PostNorm half, to tell the two apart",
+        published_with="nothing, since the combination is ours; for its attention see HybridNorm",
         ours="the combination; the backbone's published initialisation is kept",
     )
 

@@ -34,6 +34,7 @@ class Reordered(PreNorm):
         rope="query/key norm, then split into heads, then RoPE",
         folds="only the final gain, into an untied head",
         claims="steadier training than PreNorm, with the norms of q and k (recalled, not checked)",
+        published_with="OLMo 2, dense; experts: not known here",
         ours="the backbone's published initialisation is kept (OLMo 2 draws every matrix alike, as we recall): the "
         "size of W_o and W_down changes Adam's relative step, not the forward pass. OLMo 2 itself has eps 1e-6",
     )

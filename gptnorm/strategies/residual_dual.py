@@ -31,6 +31,7 @@ class ResidualDual(Normed):
         rope="no query/key norm unless qk_norm is set, then before RoPE",
         folds="nothing",
         claims="avoids PostNorm's vanishing gradients and PreNorm's collapse of representations",
+        published_with="not known here",
         ours="the published code also scales r by a constant against overflow in fp16; left out",
     )
 

@@ -35,6 +35,8 @@ class Sandwich(PreNorm):
         folds="the gains of the branches' inputs into the matrices that read them, the final one into an untied head; "
         "those of the outputs stay with their norms",
         claims="keeps values small enough for training in fp16 (CogView; recalled, not checked)",
+        published_with="CogView's transformer (recalled) and Gemma 2, dense, with grouped queries; experts: not known "
+        "here",
         ours="CogView's equation is recalled, Gemma 2's checked against `transformers`; the backbone's published "
         "initialisation is kept: the size of W_o and W_down changes Adam's relative step, not the forward pass",
     )

@@ -49,6 +49,7 @@ class SiameseNorm(Normed):
         "into an untied head; the others stay",
         claims="as notes on the paper report, 1.3B, 100B tokens: perplexity 10.57 against 11.21 for PreNorm at rate "
         "4e-4, 10.43 against 10.84 at 1e-3, 10.48 against 10.89 at 2e-3; 0.5 % slower",
+        published_with="OLMo, dense (390M, 1.3B), and a mixture of experts (15B, 2B of them active)",
         ours="the published code is the default, the equation an option. Of its initialisation the depth factor is "
         "taken, its std is not: init.std stays the recipe's",
     )

@@ -45,6 +45,7 @@ class SpanNorm(Normed):
         claims="bounded variance and gradients in depth without changing the learning rate; better than standard "
         "placements, dense and mixture-of-experts (abstract). Others measured it at 1.3B: better than PreNorm at rate "
         "4e-4 (11.00 against 11.21 perplexity), equal at 1e-3, diverged at 2e-3 (arXiv 2602.08064)",
+        published_with="dense and mixture-of-experts GPTs (abstract), whose backbone is not known here",
         ours="the depth factor: 1/√(2L), in the forward pass, on the feed-forward branch, with no depth factor in the "
         "initialisation; Adam's epsilon of 1e-12, since attention's gradients shrink with depth; an embedding of RMS 1 "
         "(normed where the head shares it); RMSNorm's eps; the gain of a mixture of experts' routed sum",

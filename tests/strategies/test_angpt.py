@@ -87,6 +87,25 @@ def test_residual_keeps_norm_one(alpha: float, plain: float) -> None:
         assert mean_square(out) == pytest.approx(expected, abs=0.01), nu_alpha
 
 
+def test_scalar_nu_of_features_that_differ() -> None:
+    """Section 3.3: one ν for all features, of the mean of α² + (1 − α)², which is not that of the mean α."""
+    h, x = sphere(200_000, 16, 1), sphere(200_000, 16, 2)
+    alpha = torch.linspace(0.02, 0.9, 16)
+    for nu_alpha in ("scalar", "elementwise"):
+        strategy = make_strategy("angpt", {"nu_alpha": nu_alpha})
+        scale = strategy.block_parts(0, tiny_shape("llama2", d_model=16))["alpha_attn"].build()
+        with torch.no_grad():
+            scale.stored.copy_(alpha * scale.stored / scale.value())
+            out = strategy._lerp(h, x, scale)
+        assert torch.allclose(scale.value(), alpha, rtol=1e-5)
+        nu = (alpha**2 + (1 - alpha) ** 2) ** -0.5
+        if nu_alpha == "scalar":
+            nu = torch.full((16,), float((alpha**2 + (1 - alpha) ** 2).mean() ** -0.5))
+        plain = h + alpha * (x - h)
+        torch.testing.assert_close(out, nu * plain, rtol=1e-5, atol=1e-6, msg=nu_alpha)
+        assert mean_square(out) == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize("backbone", ["llama2", "gpt2"])
 def test_stream_starts_at_one(backbone: str) -> None:
     """Section 8: 0.996 to 1.000 after every sub-layer; learned positions do not change that."""

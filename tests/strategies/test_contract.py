@@ -93,7 +93,7 @@ def test_future_tokens_do_not_matter(strategy: str, backbone: BackboneName, moe:
     ],
 )
 def test_compiled_equals_eager(strategy: str, backbone: BackboneName, moe: bool) -> None:
-    """What the trainer compiles, and its gradients."""
+    """The whole objective in one graph, and its gradients; fp32, where experts take the reference path."""
     model = tiny_gpt(strategy, backbone, moe=moe)
     torch._dynamo.reset()
     compiled = torch.compile(model.objective, backend="aot_eager", fullgraph=True)

@@ -144,6 +144,15 @@ def test_keel_alpha_counts_sublayers_or_blocks(count: str, alpha: float) -> None
     torch.testing.assert_close(out, rms(alpha * rms(alpha * x + a) + f), rtol=1e-12, atol=1e-12)
 
 
+def test_keel_first_attention_without_alpha() -> None:
+    x, a, f = three()
+    strategy = make_strategy("keel", {"first_attention": "plain"})
+    (first,) = wired(strategy, x, a, f, layer=0, n_layers=7)
+    torch.testing.assert_close(first, rms(14 * rms(x + a) + f), rtol=1e-12, atol=1e-12)
+    (second,) = wired(strategy, x, a, f, layer=1, n_layers=7)
+    torch.testing.assert_close(second, rms(14 * rms(14 * x + a) + f), rtol=1e-12, atol=1e-12)
+
+
 def test_keel_identity_route_does_not_vanish() -> None:
     """On unit streams a norm of α x + F damps by α / sqrt(α² + 1); 2L of them, α = 2L, leave at least e^(-1/(4L))."""
     gradients = {}

@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import tiny_gpt, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptnorm.config import MoEConfig
 from gptnorm.model import GPT
+from gptnorm.model.router import frozen_routing
+from gptnorm.strategies import STRATEGIES
 from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.nonfinite import first_nonfinite
 
@@ -98,6 +101,35 @@ def test_compiled_blocks(recompute: Literal["none", "selective", "full"]) -> Non
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     # One for the blocks, one for the loss.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+COMPILED_EXPERTS = [
+    pytest.param(
+        name, backend, marks=[pytest.mark.slow] if backend == "inductor" or name not in ("simplenorm", "ngpt") else []
+    )
+    for name in STRATEGIES
+    for backend in ("aot_eager", "inductor")
+]
+
+
+@pytest.mark.parametrize(("strategy", "backend"), COMPILED_EXPERTS)
+def test_compiled_experts_under_autocast(strategy: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a bf16 run compiles, grouped products included: no farther from fp32 than twice what eager bf16 is."""
+    torch._dynamo.reset()
+    model = tiny_gpt(strategy, "llama2", moe=True)
+    calls, real = [], F.grouped_mm
+    with frozen_routing(model):  # a choice that tips over is no rounding
+        exact = gradients(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            eager = gradients(model)
+            prepare_blocks(model, "none", compiled=True, backend=backend, fullgraph=True)
+            monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(0) or real(*a, **k))
+            compiled = gradients(model)
+    assert calls
+    for name, value in exact.items():
+        scale = value.abs().max()
+        rounding = (eager[name] - value).abs().max()
+        assert (compiled[name] - value).abs().max() <= 2 * rounding + 1e-3 * scale, name
 
 
 def test_what_hooks_look_for_is_found_in_compiled_blocks() -> None:
