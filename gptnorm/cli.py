@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 import gptnorm
-from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, UserError, bad_value
+from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, SharedError, UserError, bad_value
 
 if TYPE_CHECKING:
     from gptnorm.config import Config
@@ -71,25 +71,33 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
 
 @app.command()
 @RUN
+@SETTINGS
 @click.option(
     "--step", type=click.IntRange(min=0), help="Go on from this checkpoint; later ones are set aside. 0: begin again."
 )
 @click.option("--auto", is_flag=True, help="Should the newest checkpoint be damaged, take the newest that is not.")
-def resume(run: Path, step: int | None, auto: bool) -> None:
-    """Continue the run in folder RUN from its newest complete checkpoint."""
+def resume(run: Path, settings: tuple[str, ...], step: int | None, auto: bool) -> None:
+    """Continue the run in folder RUN from its newest complete checkpoint.
+
+    It goes on with its own settings. KEY=VALUE changes how it computes for this part alone: parallel.*,
+    train.accumulate, train.compile, train.device, train.recompute or train.threads.
+    """
     from gptnorm.data import prepare
+    from gptnorm.recipe import adjusted
     from gptnorm.train.loop import resume_run
     from gptnorm.train.progress import make_watcher
     from gptnorm.train.run_folder import RunFolder
     from gptnorm.train.stop import StopWish
 
     with console.status("preparing the text …"):
-        config = RunFolder.open(run).config()
+        config = adjusted(RunFolder.open(run).config(), settings)
         shards = prepare(config.data)
     warn(config)
     stop = StopWish()
     with stop.listening():
-        result = resume_run(run, shards, make_watcher(console), stop, after=finish, step=step, auto=auto)
+        result = resume_run(
+            run, shards, make_watcher(console), stop, after=finish, step=step, auto=auto, settings=settings
+        )
     leave(result, stop)
 
 
@@ -419,6 +427,8 @@ def main() -> None:
     threading.excepthook = thread_failed
     try:
         code = app(prog_name="gptnorm", standalone_mode=False)
+    except SharedError as error:
+        code = complain(str(error)) if is_first() else EXIT_USER_ERROR
     except UserError as error:
         code = complain(str(error))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class SharedError(UserError):
+    """The same on every process of a run; the first one alone says it."""
+
+
 def bad_value(key: str, value: object, allowed: str) -> UserError:
     """The error for `key = value` where only `allowed` would do."""
     return UserError(f"{key} = {value!r}: {allowed}")

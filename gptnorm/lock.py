@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ class Taken(Exception):
     """Another process holds the lock."""
 
 
+class Unlockable(OSError):
+    """The file system has no locks."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock file `path`, making it and its folder where they are missing.
@@ -28,7 +33,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
 
     Raises:
         Taken: it is taken, and `wait` is false.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or not be locked (`Unlockable`).
     """
     file = acquire(path, wait=wait)
     try:
@@ -72,6 +77,10 @@ try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise Unlockable(error.errno, "its file system has no locks (flock); use another") from None
+            raise
         return True
 
 except ImportError:  # Windows

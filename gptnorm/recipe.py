@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -127,6 +127,29 @@ def to_tree(config: Config) -> Tree:
 def read_config(path: Path) -> Config:
     """A resolved config, as `dump_toml` wrote it."""
     return read_table(Config, _read_toml(path))
+
+
+HOW = ("parallel.", "train.accumulate", "train.compile", "train.device", "train.recompute", "train.threads")
+"""Settings that say how a run computes and not what, so that it may go on with others."""
+
+
+def adjusted(config: Config, overrides: Sequence[str]) -> Config:
+    """The config of a run that goes on with other `key=value` arguments, of `HOW` alone.
+
+    A new `parallel.tensor` takes back `parallel.data`, unless that is given, too.
+
+    Raises:
+        UserError: another key, or a wrong value.
+    """
+    for argument in overrides:
+        if not argument.startswith(HOW):
+            keys = ", ".join(key + "*" if key.endswith(".") else key for key in HOW)
+            raise UserError(f"{argument}: a run goes on with the settings it began with, but for {keys}")
+    tree, over = to_tree(config), parse_overrides(overrides)
+    if "tensor" in over.get("parallel", {}):
+        tree["parallel"]["data"] = None
+    merge(tree, over)
+    return read_table(Config, tree)
 
 
 def recipe_root() -> Path:

@@ -120,13 +120,14 @@ class CausalAttention(nn.Module):
     def after_step(self) -> None:
         r"""QK-clip: $W_q, W_k \leftarrow \sqrt{\gamma}\,W_q, \sqrt{\gamma}\,W_k$ with
         $\gamma = \min(1, \tau / S_\max)$ per head, the least of a group's with grouped queries; $S_\max$ over all
-        processes.
+        processes. Where it is not finite nothing is clipped: no update was made either.
         """
         if self.clip is None:
             return
         largest_H = self.get_buffer("largest_logit")
         max_over(largest_H, self.mesh, "data", "tensor")
-        gamma_G = (self.clip / largest_H).clamp_max(1.0).unflatten(0, (self.shape.n_kv_heads, -1)).amin(1)
+        gamma_H = torch.where(largest_H.isfinite(), self.clip / largest_H, 1.0)
+        gamma_G = gamma_H.clamp_max(1.0).unflatten(0, (self.shape.n_kv_heads, -1)).amin(1)
         share, head_dim = self.shape.n_heads // self.shape.n_kv_heads, self.shape.head_dim
         for projection, rows in ((self.q, share * head_dim), (self.k, head_dim)):
             factor = gamma_G.sqrt().repeat_interleave(rows)[:, None]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from gptnorm.errors import UserError
+from gptnorm.errors import SharedError, UserError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
 
 
 def on_first(action: Callable[[], T], group: Group | None) -> T:
-    """The first process acts, and all get what came of it: the value, or its UserError."""
+    """The first process acts, and all get what came of it: the value, or a SharedError."""
     if group is None:
         return action()
     word: list[Any] = [None, None]
@@ -65,5 +65,5 @@ def on_first(action: Callable[[], T], group: Group | None) -> T:
             word = [None, f"{error.filename or 'the run folder'}: cannot be written ({error.strerror or error})"]
     dist.broadcast_object_list(word, group_src=0, group=group)
     if word[1] is not None:
-        raise UserError(word[1])
+        raise SharedError(word[1])
     return word[0]

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.files import sha256_file, sync_folder, write_atomic
 from gptnorm.train.agree import Group, merged, on_first, rank_in, size_of
 
@@ -59,7 +59,7 @@ def save_checkpoint(
         group: of the CPU; None: there is one process.
 
     Raises:
-        OSError: it could not be written; what there was is left as it was.
+        OSError, SharedError: it could not be written; what there was is left as it was.
     """
     final = folder / f"step-{step:06d}"
     # The same name on every process, and no other write of this step can be under way: a run folder has one owner.
@@ -74,20 +74,13 @@ def save_checkpoint(
         )
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
         digests = merged({path.name: sha256_file(path) for path in aside.glob(f"shard-{rank + 1:05d}-*")}, group)
-        if rank == 0:
-            write_atomic(aside / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
-            digests[STATE] = sha256_file(aside / STATE)
-            write_atomic(aside / MANIFEST, json.dumps(digests, indent=2) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(aside, final)
+        on_first(lambda: _complete(aside, final, digests, {"step": step, **state}), group)
     except BaseException as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, CheckpointException):
             raise _system_error(error) from None
         raise
-    sync_folder(folder)
     return final
 
 
@@ -133,14 +126,14 @@ def verify_checkpoint(path: Path, group: Group | None = None) -> None:
     """Compares every file with the manifest; the processes of a group share the work.
 
     Raises:
-        UserError: names the first file that is missing, changed or not listed.
+        SharedError: names the first file that is missing, changed or not listed, or the folder if its name is wrong.
     """
     try:
         found = _first_damage(path, group)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         found = f"{path}: not a complete checkpoint ({error})"
     for word in merged({"": found} if found else {}, group).values():
-        raise UserError(word)
+        raise SharedError(word)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -205,6 +198,17 @@ def _empty(folder: Path) -> None:
     sync_folder(folder.parent.parent)
 
 
+def _complete(aside: Path, final: Path, digests: dict[str, str], state: dict[str, Any]) -> None:
+    """Makes a checkpoint of what all processes have written."""
+    write_atomic(aside / STATE, json.dumps(state, indent=2) + "\n")
+    hashes = {**digests, STATE: sha256_file(aside / STATE)}
+    write_atomic(aside / MANIFEST, json.dumps(hashes, indent=2) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(aside, final)
+    sync_folder(final.parent)
+
+
 def _first_damage(path: Path, group: Group | None) -> str | None:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     for name in manifest:
@@ -216,6 +220,9 @@ def _first_damage(path: Path, group: Group | None) -> str | None:
     for name in sorted(manifest)[rank_in(group) :: size_of(group)]:
         if (path / name).is_symlink() or sha256_file(path / name) != manifest[name]:
             return f"{path / name}: damaged (its sha256 is not the manifest's)"
+    step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+    if step != step_of(path):
+        return f"{path}: holds step {step}, so it has been renamed"
     return None
 
 

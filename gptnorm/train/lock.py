@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import IO
@@ -23,19 +24,20 @@ class FolderLock:
         """Takes the lock; UserError if another process holds it, or if it cannot be made."""
         path = self.folder / LOCK_FILE
         try:
-            file = acquire(path, wait=False)
+            self._file = acquire(path, wait=False)
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n".encode())
+            self._file.flush()
         except Taken:
             owner = path.read_text(encoding="utf-8").strip()
             by = f" (process {owner})" if owner else ""
             raise UserError(f"{self.folder}: another run is at work there{by}") from None
         except OSError as error:
+            with contextlib.suppress(OSError):  # what could not be written is tried again
+                self.release()
             raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
-        file.flush()
-        self._file = file
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()

@@ -7,7 +7,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor
 from gptnorm.config import Config
 from gptnorm.data import Shards
 from gptnorm.environment import describe_environment
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
+from gptnorm.recipe import adjusted
 from gptnorm.train.agree import cpu_group, largest, on_first
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
@@ -41,6 +42,9 @@ from gptnorm.train.watch import Watch, summarize
 VERIFIED_BYTES = 1 << 28
 """Shards of at most this size are compared with their hashes at every start; `gptnorm verify` does it at any size."""
 
+
+_FAILED = 1 << 16
+"""Stands among the numbers of signals for a checkpoint that could not be written."""
 
 After = Callable[[Path, "Result"], None]
 
@@ -103,10 +107,12 @@ def resume_run(
     after: After | None = None,
     step: int | None = None,
     auto: bool = False,
+    settings: Sequence[str] = (),
 ) -> Result:
     """Continues a run from its newest checkpoint.
 
     Args:
+        settings: `key=value` arguments that hold for this part of the run; see `gptnorm.recipe.HOW`.
         after: as for `start_run`.
         step: of another checkpoint; the later ones are set aside. 0: the beginning, which needs none.
         auto: if the newest is damaged, take the newest that is not, and set the later ones aside.
@@ -114,7 +120,7 @@ def resume_run(
     Raises:
         UserError: there is no checkpoint, or it is damaged, or another process is at work; nothing was changed.
     """
-    config = RunFolder.open(path).config()
+    config = adjusted(RunFolder.open(path).config(), settings)
     with _opened_world(config) as world, within_memory(config):
         trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
         folder = RunFolder.open(path, writes=world.main)
@@ -122,7 +128,8 @@ def resume_run(
         try:
             if step != 0:
                 trainer.restore(choose_checkpoint(folder.checkpoints, trainer.group, step=step, auto=auto))
-            on_first(lambda: folder.rewind(trainer.step, describe_environment(trainer.device)), trainer.group)
+            here = describe_environment(trainer.device)
+            on_first(lambda: folder.rewind(trainer.step, here, settings), trainer.group)
         except OSError as error:
             folder.close()
             raise _unwritable(folder, error) from None
@@ -191,8 +198,9 @@ class _Trainer:
             step, seconds, val_loss, best, data = (
                 state[key] for key in ("step", "seconds", "val_loss", "best", "data")
             )
-            self.step, self.seconds, self.val_loss = int(step), float(seconds), val_loss
+            self.step, self.seconds = int(step), float(seconds)
             self.best = (float(best[0]), int(best[1])) if best else None
+            self.val_loss = val_loss
         except (KeyError, TypeError, ValueError, IndexError):
             raise UserError(f"{checkpoint / 'state.json'}: not the state of a run") from None
         if data != self.fingerprint:
@@ -235,8 +243,12 @@ class _Trainer:
         while self.step < train.steps:
             self._update(folder, board, started)
             last = self.step == train.steps
-            stopping = 0 if last else largest(self.stop.signal or 0, self.group)
-            saver.complain()
+            # One word for both, so that a step has one exchange.
+            word = _FAILED if saver.failed() else 0 if last else self.stop.signal or 0
+            stopping = largest(word, self.group)
+            if stopping == _FAILED:
+                saver.wait()
+                raise SharedError(f"{folder.checkpoints}: another process could not write its part")
             if stopping:
                 self.guard.look()
             if self.guard.nonfinite_at:
@@ -313,7 +325,13 @@ class _Trainer:
         world = self.world
         parts = np.split(self.sampler.batch(step), self.config.train.accumulate)
         rows = [np.split(part, world.data_size)[world.data_rank] for part in parts]
-        return [check_ids(np.ascontiguousarray(part), self.vocab).to(self.device) for part in rows]
+        return [self._to_device(check_ids(np.ascontiguousarray(part), self.vocab)) for part in rows]
+
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tokens.to(self.device)
+        # From memory that may be paged out a copy would wait for all the work before it.
+        return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def _seed_dropout(self, number: int) -> None:
         """Random numbers of a micro-batch follow from the seed and its place, so that no generator has to be saved."""
@@ -349,7 +367,7 @@ class _Trainer:
             # Sharded weights want every process in every forward pass, also one for which no row is left.
             tokens = check_ids(np.ascontiguousarray(rows if len(rows) else windows[:1]), self.vocab)
             with self._autocast():
-                loss = self.model.loss(tokens.to(self.device)).double()
+                loss = self.model.loss(self._to_device(tokens)).double()
             total += torch.stack((loss * len(rows), loss.new_tensor(len(rows))))
         self.model.train()
         mean = mean_over_data(total, world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptnorm.errors import UserError
+from gptnorm.errors import SharedError, UserError
 from gptnorm.train.agree import Group, on_first
 from gptnorm.train.checkpoint import checkpoint_at, checkpoints_in, sweep_partial, verify_checkpoint
 
@@ -18,7 +18,7 @@ def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | N
         auto: take the newest that is not damaged.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        SharedError: there is none, or it is damaged.
     """
 
     def candidates() -> list[Path]:
@@ -36,6 +36,6 @@ def choose_checkpoint(folder: Path, group: Group | None = None, *, step: int | N
         else:
             return path
     if not damage:
-        raise UserError(f"{folder}: no checkpoint to resume from; --step 0 begins the run again")
+        raise SharedError(f"{folder}: no checkpoint to resume from; --step 0 begins the run again")
     other = "" if auto else "; --auto takes the newest sound checkpoint, --step N another"
-    raise UserError("; ".join(damage) + other)
+    raise SharedError("; ".join(damage) + other)

@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | config.toml | the resolved settings |
-| environment.json | versions, device, commit; `resumed`: the same of later parts, where they differ |
+| environment.json | versions, device, commit; `resumed`: those of later parts and their settings, where they differ |
 | metrics.jsonl | one object a line, each with `step` (updates done), `split` and `loss` |
 | watch.jsonl | one object a line, each with `step`; see `gptnorm.train.watch`. Only if something is watched |
 | status.json | `status` (running, finished, diverged, interrupted), `step`, `val_loss`, `reason`, `skipped` |
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         self._watch = path / "watch.jsonl"
         self._lines: Any = None
+        self._unsynced_watch = False
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Makes the folder of a new run and takes its lock.
@@ -120,17 +122,19 @@ class RunFolder:
             return
         with self._watch.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, allow_nan=False) + "\n")
+        self._unsynced_watch = True
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of metrics.jsonl; a kill may have left half a line at the end."""
+        """Every complete line of metrics.jsonl; UserError if one is damaged."""
         if not self._metrics.is_file():
             raise UserError(f"{self._metrics}: no such file, so the run cannot be continued")
         return _complete_lines(self._metrics)
 
-    def rewind(self, step: int, environment: dict[str, Any]) -> None:
+    def rewind(self, step: int, environment: dict[str, Any], settings: Iterable[str] = ()) -> None:
         """Makes the folder that of a run at `step`, so that after a resume each step stands once.
 
-        Lines after `step` are dropped, checkpoints after it set aside; the environment is recorded if it is another.
+        Lines after `step` are dropped, checkpoints after it set aside; environment and settings are recorded if they
+        are others.
         """
         self._close_lines()
         # Before the lines are cut: a kill in between must not leave a checkpoint whose lines are gone.
@@ -140,15 +144,16 @@ class RunFolder:
             files[self._watch] = _complete_lines(self._watch)
         for path, lines in files.items():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
-        self._note_environment(step, environment)
+        self._note_environment(step, environment, list(settings))
 
-    def _note_environment(self, step: int, environment: dict[str, Any]) -> None:
-        """Records where the run goes on, if that is not where it was before."""
+    def _note_environment(self, step: int, environment: dict[str, Any], settings: list[str]) -> None:
+        """Records where and how the run goes on, if that is not as it was before."""
         path = self.path / "environment.json"
         known = _read_object(path)
         parts = [{key: value for key, value in known.items() if key != "resumed"}, *known.get("resumed", [])]
-        here = {"step": step, **environment}
-        if any(parts[-1].get(key) != value for key, value in environment.items() if key != "started"):
+        here = {"step": step, **environment, **({"settings": settings} if settings else {})}
+        moved = any(parts[-1].get(key) != value for key, value in environment.items() if key != "started")
+        if moved or parts[-1].get("settings", []) != settings:
             known["resumed"] = [*known.get("resumed", []), here]
             write_atomic(path, json.dumps(known, indent=2) + "\n")
 
@@ -177,6 +182,10 @@ class RunFolder:
         """Makes the lines written so far durable, as the checkpoint that stands for them will be."""
         if self._lines is not None:
             os.fsync(self._lines.fileno())
+        if self._unsynced_watch:
+            with self._watch.open("ab") as file:
+                os.fsync(file.fileno())
+            self._unsynced_watch = False
 
     def _close_lines(self) -> None:
         lines, self._lines = self._lines, None
@@ -185,14 +194,18 @@ class RunFolder:
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines; a kill may have left half of one at the end, which is left out."""
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            if number == len(texts):
+                break
+            line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise UserError(f"{path}: line {len(found) + 1} is none that a run writes")
+            raise UserError(f"{path}: line {number} is none that a run writes; without it the run can go on")
         found.append(line)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gptnorm.config import CheckpointConfig
-from gptnorm.train.agree import cpu_group, rank_in
+from gptnorm.train.agree import cpu_group, on_first
 from gptnorm.train.checkpoint import prune_checkpoints, save_checkpoint, staged
 
 
@@ -44,10 +44,9 @@ class Saver:
             return
         self._running = self._thread.submit(self._write, step, staged(tensors), dict(state), best)
 
-    def complain(self) -> None:
-        """OSError if the last write has failed by now; it waits for nothing."""
-        if self._running is not None and self._running.done():
-            self.wait()
+    def failed(self) -> bool:
+        """Whether the last write has failed by now, on this process; it waits for nothing."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self) -> None:
         """Returns when nothing is being written; OSError if the last write failed."""
@@ -64,5 +63,4 @@ class Saver:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: int | None) -> None:
         save_checkpoint(self.folder, step, tensors, state, self._group)
-        if rank_in(self._group) == 0:
-            prune_checkpoints(self.folder, self.config.keep, best)
+        on_first(lambda: prune_checkpoints(self.folder, self.config.keep, best), self._group)

@@ -8,7 +8,8 @@ At a watched step one more forward pass over a few of its sequences, with the we
 | attn_norm, ffn_norm | the same of the branches' outputs, as the block adds them |
 | attn_variance, ffn_variance | their mean squares |
 | cosine, token_cosine | $\cos(h_{l-1}, h_l)$; mean cosine of two tokens of a sequence (1: rank collapse) |
-| logit_bound, logit_max | scale max‖q‖ max‖k‖, and the largest attention logit itself; the worst head |
+| logit_bound, logit_max | scale max‖q‖ max‖k‖, and the largest attention logit of these sequences; the worst head |
+| heads | the same two of every head |
 | gains | by norm or scale (numbered where a map has several): `mean` and `max` of $\lvert\gamma\rvert$ |
 | update | by role: $\lVert \Delta W \rVert_F / \lVert W \rVert_F$ of the whole update, `after_step` included |
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -90,10 +91,15 @@ class Watch:
         # One wait for the device for everything.
         tensors = [value for column in columns.values() for value in column]
         tensors += [value for pair in gains.values() for column in pair.values() for value in column]
-        numbers = iter(_to_numbers(tensors))
+        heads = {"logit_bound": _stack(s.logit_bound_H for s in trace.blocks)}
+        heads["logit_max"] = _stack(s.logit_max_H for s in trace.blocks)
+        numbers = iter(_to_numbers([*tensors, *(value for table_LH in heads.values() for value in table_LH)]))
         reading: dict[str, Any] = {name: [next(numbers) for _ in column] for name, column in columns.items()}
         reading["gains"] = {
             name: {key: [next(numbers) for _ in column] for key, column in pair.items()} for name, pair in gains.items()
+        }
+        reading["heads"] = {
+            name: [[next(numbers) for _ in row_H] for row_H in table_LH] for name, table_LH in heads.items()
         }
         return reading
 
@@ -176,9 +182,13 @@ def _gain(module: torch.nn.Module) -> Tensor | None:
     return module.value() if isinstance(module, LearnedScaleModule) else None
 
 
+def _stack(rows: Iterable[Tensor | None]) -> Tensor:
+    return torch.stack([row for row in rows if row is not None])
+
+
 def _to_numbers(tensors: list[Tensor]) -> list[float | None]:
     """Plain numbers of six digits, None for what JSON cannot hold."""
     if not tensors:
         return []
-    exactly = torch.stack([t.double() for t in tensors]).tolist()
+    exactly = torch.cat([t.double().reshape(-1) for t in tensors]).tolist()
     return [float(f"{x:.6g}") if math.isfinite(x) else None for x in exactly]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 from gptnorm.config import BackboneName, OptionsConfig
 from gptnorm.errors import UserError
 from gptnorm.model import GPT
+from gptnorm.shape import Role, Shape
 from gptnorm.strategies import STRATEGIES, find_strategy, make_strategy
+from gptnorm.strategies.base import Constraint
 from gptnorm.strategies.catalogue import options_markdown
-from gptnorm.strategies.compose import refusals
+from gptnorm.strategies.compose import compose, refusals
+from gptnorm.strategies.prenorm import PreNorm
 
 
 def head_outputs(model: GPT, batch: Tensor, layer: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,6 +265,31 @@ def test_a_refusal_is_one_line_that_says_why(strategy: str, options: dict[str, A
         make_strategy(strategy, {}, OptionsConfig(**options))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("options.")
+
+
+@dataclass(frozen=True)
+class Pinned(PreNorm):
+    """PreNorm with rows of W_q and W_k that are put back to norm 1."""
+
+    def constraint(self, role: Role, layer: int, shape: Shape) -> Constraint | None:
+        return Constraint(axis=-1, kind="unit") if role in ("q", "k") else None
+
+
+def test_clip_on_pinned_weights_is_refused() -> None:
+    with pytest.raises(UserError, match="put back to norm 1 after every step, which would undo the clip"):
+        compose(Pinned(), OptionsConfig(qk_clip=1.0))
+
+
+@pytest.mark.parametrize("largest", [math.inf, math.nan, 0.0])
+def test_clip_without_a_largest_logit_leaves_the_weights(largest: float) -> None:
+    model = tiny_gpt("prenorm", "llama3", n_layers=1, options={"qk_clip": 1.0})
+    attn = model.blocks[0].attn
+    before = [projection.weight.detach().clone() for projection in (attn.q, attn.k)]
+    attn.get_buffer("largest_logit").fill_(largest)
+    model.after_step()
+    for projection, weight in zip((attn.q, attn.k), before, strict=True):
+        assert torch.equal(projection.weight, weight)
+    assert not attn.get_buffer("largest_logit").any()
 
 
 def test_clip_on_bounded_weights() -> None:
