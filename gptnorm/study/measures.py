@@ -1,0 +1,153 @@
+r"""What a curve of losses over learning rates says about tolerance.
+
+A *curve* is one strategy with one seed, its points in ascending order of the rate η. A point is *stable* or not
+(`gptnorm.study.outcome`); a loss that is not finite is None.
+
+| measure | definition | source |
+|---|---|---|
+| best | the stable point of lowest loss, ℓ* at η* | |
+| edge | going up from the best, the last rate before the first unstable one, η_max | simplegpt.md §6 |
+| reach | going up from the best, the rate up to which ℓ(η) ≤ a level | ours |
+| sensitivity | $\frac{1}{\ln(b/a)} \int_a^b \min(\ell(\eta), \ell_0) - \ell^*\; d\ln\eta$ | arXiv 2309.14322 |
+
+Between two points the loss is a straight line in ln η. Lower rates may be unstable, too: a run that is too slow to
+learn more than token frequencies counts as such. So edges are looked for upwards from the best, and an island of
+stability above the edge does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gptnorm.report.gaps import t_quantile
+from gptnorm.report.results import sample_sd
+
+
+class Point(NamedTuple):
+    """One run, or the mean of several."""
+
+    lr: float
+    loss: float | None
+    """Nats per token; None where it is not finite."""
+    stable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """Where stability ends."""
+
+    stable: float
+    """The largest stable rate that was tried."""
+    unstable: float | None
+    """The first unstable one above it; None: nothing above was tried, or nothing failed."""
+
+    @property
+    def middle(self) -> float | None:
+        """The edge itself, at most √(unstable / stable) off; None where it was not reached."""
+        return None if self.unstable is None else math.sqrt(self.stable * self.unstable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """The rate up to which a level of the loss is kept."""
+
+    lr: float
+    open: bool
+    """Whether it is kept up to the highest rate tried, so that the true one may be higher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """A geometric mean over seeds, with its 95 % t-interval: that of the logarithms, normal ones assumed."""
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+def best_point(curve: Sequence[Point]) -> Point | None:
+    """The stable point of lowest loss, of equals the one of lowest rate; None if there is none."""
+    stable = [(point.loss, point.lr, point) for point in curve if point.stable and point.loss is not None]
+    return min(stable)[2] if stable else None
+
+
+def edge_of(curve: Sequence[Point]) -> Edge | None:
+    """None if nothing is stable."""
+    best = best_point(curve)
+    if best is None:
+        return None
+    stable = best.lr
+    for point in curve:
+        if point.lr > best.lr:
+            if not point.stable:
+                return Edge(stable=stable, unstable=point.lr)
+            stable = point.lr
+    return Edge(stable=stable, unstable=None)
+
+
+def reach_of(curve: Sequence[Point], level: float) -> Reach | None:
+    """How far up from the best rate the loss stays at or below `level`; None if the best itself lies above.
+
+    Where the next point is finite the crossing is interpolated in ln η; an unstable one ends the reach at the last rate
+    before it.
+    """
+    best = best_point(curve)
+    if best is None or best.loss is None or best.loss > level:
+        return None
+    last = best
+    for point in curve:
+        if point.lr <= best.lr:
+            continue
+        if not point.stable or point.loss is None:
+            return Reach(lr=last.lr, open=False)
+        if point.loss > level:
+            assert last.loss is not None
+            share = (level - last.loss) / (point.loss - last.loss)
+            return Reach(lr=last.lr * (point.lr / last.lr) ** share, open=False)
+        last = point
+    return Reach(lr=last.lr, open=True)
+
+
+def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> float | None:
+    """Mean excess over the curve's own best loss, over ln η from `low` to `high`, in nats.
+
+    Args:
+        low, high: rates that the curve has points at, or beyond.
+        cap: ℓ₀, what a loss counts for at most; one that is not finite counts as that.
+
+    Returns:
+        None where nothing is stable, or the curve does not span the rates.
+    """
+    best = best_point(curve)
+    if best is None or best.loss is None or curve[0].lr > low * (1 + 1e-9) or curve[-1].lr < high * (1 - 1e-9):
+        return None
+    xs = [math.log(point.lr) for point in curve]
+    ys = [min(cap, cap if point.loss is None else point.loss) - best.loss for point in curve]
+    start, end = math.log(low), math.log(high)
+    total = 0.0
+    for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False):
+        a, b = max(x0, start), min(x1, end)
+        if a < b:
+            slope = (y1 - y0) / (x1 - x0)
+            total += (b - a) * (y0 + slope * ((a + b) / 2 - x0))
+    return total / (end - start)
+
+
+def geometric_mean(values: Sequence[float]) -> Ratio:
+    """Of one value or more."""
+    logs = [math.log(value) for value in values]
+    mean, sd = sum(logs) / len(logs), sample_sd(logs)
+    if sd is None:
+        return Ratio(value=math.exp(mean), low=None, high=None, seeds=len(logs))
+    half = t_quantile(len(logs) - 1) * sd / math.sqrt(len(logs))
+    return Ratio(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), seeds=len(logs))
+
+
+def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Ratio | None:
+    """How many times as large ours are, seed by seed; None where no seed has both."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return geometric_mean([ours[seed] / theirs[seed] for seed in seeds]) if seeds else None

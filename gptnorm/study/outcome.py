@@ -1,0 +1,88 @@
+"""What a run leaves in a study's ledger about its training, and when it counts as diverged."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as typed
+
+from gptnorm.config import STRICT
+
+TAIL = 0.05
+"""Fraction of the run over which losses are averaged: its end, and any stretch as long."""
+
+SPIKE = 0.3
+"""Nats above the running median from which a step's loss is a spike (simplegpt.md §6)."""
+
+SPIKE_WINDOW = 50
+"""Losses before the step that the running median is taken over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run's training losses in three numbers."""
+
+    tail: float | None
+    """Mean over the last `TAIL` of them."""
+    lowest: float | None
+    """The lowest mean over any stretch as long."""
+    spikes: int
+    """Losses above the median of the `SPIKE_WINDOW` before by more than `SPIKE`; steps in a row count as one."""
+
+
+@typed(frozen=True, kw_only=True, config=STRICT)
+class Stability:
+    """When a run counts as stable; each rule can be switched off with inf."""
+
+    rise: Annotated[float, Field(gt=0)] = 0.5
+    """Nats that the mean training loss at the end may lie above its lowest (simplegpt.md §6)."""
+    margin: float = 0.1
+    """Nats that the final validation loss must lie below the unigram entropy: a collapsed run is finite; -inf: none."""
+
+    def holds(self, loss: float | None, training: Training, entropy: float | None) -> bool:
+        """Whether a run with that final validation loss (None: not finite) is stable.
+
+        Args:
+            entropy: of the validation tokens under training frequencies, in nats; None: not known, no rule.
+        """
+        if loss is None or training.tail is None or training.lowest is None:
+            return False
+        if entropy is not None and loss > entropy - self.margin:
+            return False
+        return training.tail <= training.lowest + self.rise
+
+
+def summarize(losses: Sequence[float | None]) -> Training:
+    """The numbers of a run from its training losses, step by step; one that is not finite ends it."""
+    finite: list[float] = []
+    for loss in losses:
+        if loss is None or not math.isfinite(loss):
+            break
+        finite.append(loss)
+    length = max(1, round(TAIL * len(losses)))
+    if len(finite) < len(losses) or not finite:
+        return Training(tail=None, lowest=None, spikes=count_spikes(finite))
+    total = sum(finite[:length])
+    lowest = total
+    for new, old in zip(finite[length:], finite, strict=False):
+        total += new - old
+        lowest = min(lowest, total)
+    return Training(tail=sum(finite[-length:]) / length, lowest=lowest / length, spikes=count_spikes(finite))
+
+
+def count_spikes(losses: Sequence[float]) -> int:
+    """As `Training.spikes`; the first steps, with fewer than half a window before them, have none."""
+    before: deque[float] = deque(maxlen=SPIKE_WINDOW)
+    count, within = 0, False
+    for loss in losses:
+        spike = len(before) >= SPIKE_WINDOW // 2 and loss > statistics.median(before) + SPIKE
+        count += spike and not within
+        within = spike
+        before.append(loss)
+    return count

@@ -1,0 +1,101 @@
+r"""Which learning rates to try next, so that the optimum and the edge of divergence are bracketed and the rest is not.
+
+The curve of one strategy over the rates tried so far is asked again and again:
+
+1. every rate of the grid is tried;
+2. while the best stands at an end of what was tried, or nothing has diverged above it, the next rate outwards is tried,
+   a factor on that the grid's outermost two differ by;
+3. while the best stands between others, but the next ones are more than a factor `optimum` away, the rates midway are
+   tried;
+4. while the largest stable rate and the first unstable one above it are further apart than a factor `edge`, the rate
+   midway is tried: bisection.
+
+Midway is $\sqrt{\eta_1 \eta_2}$, rounded to three digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from gptnorm.config import STRICT
+from gptnorm.study.measures import Point, best_point, edge_of
+
+Factor = Annotated[float, Field(gt=1.05)]
+"""More than what rounding to three digits can blur."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Search:
+    """How closely, and how far."""
+
+    optimum: Factor = 2.0
+    """Factor between the best rate and its neighbours at most."""
+    edge: Factor = 1.5
+    """Factor between the largest stable rate and the first unstable one at most."""
+    reach: Annotated[int, Field(ge=0)] = 4
+    """Steps, each of the grid's last factor, that rates may be tried beyond either end of the grid."""
+
+
+def next_rates(
+    tried: Sequence[Point], grid: Sequence[float], search: Search, *, only_edge: bool = False
+) -> list[float]:
+    """The rates to try now, ascending; none: the search is done, or has reached as far as it may.
+
+    Args:
+        tried: ascending.
+        grid: ascending, of two rates or more.
+        only_edge: whether the optimum is known from elsewhere, and rules 2 (downwards) and 3 are left out.
+    """
+    known = [point.lr for point in tried]
+    missing = [lr for lr in grid if not _has(known, lr)]
+    if missing:
+        return missing
+    best, edge = best_point(tried), edge_of(tried)
+    wanted: list[float] = []
+    if best is None or edge is None:
+        return [] if only_edge else _beyond(known, grid, search, downwards=True)
+    if best.lr == known[0] and not only_edge:
+        wanted += _beyond(known, grid, search, downwards=True)
+    if edge.unstable is None:
+        wanted += _beyond(known, grid, search, downwards=False)
+    elif edge.unstable / edge.stable > search.edge:
+        wanted.append(_midway(edge.stable, edge.unstable))
+    place = known.index(best.lr)
+    if 0 < place < len(known) - 1 and not only_edge:
+        for neighbour in (known[place - 1], known[place + 1]):
+            # Beyond the edge there is no optimum; rule 4 looks there.
+            stable = edge.unstable is None or neighbour < edge.unstable
+            if stable and max(best.lr / neighbour, neighbour / best.lr) > search.optimum:
+                wanted.append(_midway(best.lr, neighbour))
+    return sorted(set(wanted))
+
+
+def log_grid(low: float, high: float, per_decade: int = 2) -> tuple[float, ...]:
+    """Rates from `low` to `high`, both included, evenly in the logarithm, about `per_decade` of them in each decade."""
+    steps = max(1, round(per_decade * math.log10(high / low)))
+    inner = (low * (high / low) ** (i / steps) for i in range(1, steps))
+    return (low, *(_rounded(lr) for lr in inner), high)
+
+
+def _beyond(known: list[float], grid: Sequence[float], search: Search, *, downwards: bool) -> list[float]:
+    end, factor = (grid[0], grid[0] / grid[1]) if downwards else (grid[-1], grid[-1] / grid[-2])
+    lr = _rounded(known[0 if downwards else -1] * factor)
+    steps = math.log(lr / end) / math.log(factor)
+    return [lr] if steps < search.reach + 0.5 else []
+
+
+def _midway(a: float, b: float) -> float:
+    return _rounded(math.sqrt(a * b))
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.3g}")
+
+
+def _has(known: list[float], lr: float) -> bool:
+    return any(math.isclose(lr, other, rel_tol=1e-9) for other in known)

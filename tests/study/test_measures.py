@@ -1,0 +1,142 @@
+"""Measures on curves with known answers, with and without noise, and whether intervals cover."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptnorm.study.measures import (
+    Edge,
+    Point,
+    best_point,
+    edge_of,
+    geometric_mean,
+    paired_ratio,
+    reach_of,
+    sensitivity,
+)
+
+RATES = tuple(10 ** (-4 + k / 4) for k in range(13))
+
+
+def curve_of(loss, edge=math.inf, rates=RATES):
+    return [Point(lr, loss(lr) if lr < edge else None, lr < edge) for lr in rates]
+
+
+def parabola(optimum, curvature=0.1):
+    return lambda lr: 2 + curvature * math.log(lr / optimum) ** 2
+
+
+def test_best_and_edge():
+    curve = curve_of(parabola(1e-3), edge=2e-2)
+    assert best_point(curve).lr == pytest.approx(1e-3)
+    edge = edge_of(curve)
+    assert edge.stable == pytest.approx(10**-1.75)
+    assert edge.unstable == pytest.approx(10**-1.5)
+    assert edge.stable < edge.middle < edge.unstable
+    assert edge_of(curve_of(parabola(1e-3))) == Edge(stable=RATES[-1], unstable=None)
+    assert edge_of([Point(lr, None, False) for lr in RATES]) is None
+
+
+def test_slow_runs_and_islands_are_no_edge():
+    """Too slow to learn at the lowest rates, and one lucky run above the edge."""
+    stable = [False, False, True, True, True, False, True, False]
+    losses = [3.0, 3.0, 2.5, 2.0, 2.2, None, 2.1, None]
+    curve = [Point(0.001 * 2**k, *pair) for k, pair in enumerate(zip(losses, stable, strict=True))]
+    assert edge_of(curve) == Edge(stable=0.016, unstable=0.032)
+
+
+def test_reach_where_the_crossing_is_known():
+    """ℓ = 2 + |ln(η/η*)| is a straight line in ln η: the level 2.5 is crossed at η* e^0.5."""
+    curve = curve_of(lambda lr: 2 + abs(math.log(lr / 1e-3)))
+    found = reach_of(curve, 2.5)
+    assert found.lr == pytest.approx(1e-3 * math.exp(0.5))
+    assert not found.open
+    assert reach_of(curve, 1.9) is None
+    assert reach_of(curve, 99).open
+    cut = reach_of(curve_of(lambda lr: 2 + abs(math.log(lr / 1e-3)), edge=2e-3), 99)
+    assert (cut.lr, cut.open) == (pytest.approx(10**-2.75), False)
+
+
+@given(st.lists(st.floats(-9, 0), min_size=3, max_size=12, unique=True), st.floats(0.5, 3), st.randoms())
+def test_sensitivity_is_the_integral(exponents, cap, draw):
+    """Against the mean of the same broken line at many places, for uneven points."""
+    xs = sorted(exponents)
+    if min(np.diff(xs)) < 1e-3:
+        return
+    losses = [draw.choice([None, draw.uniform(0.1, 4)]) for _ in xs]
+    if all(loss is None for loss in losses):
+        losses[0] = 1.0
+    curve = [Point(math.exp(x), loss, loss is not None) for x, loss in zip(xs, losses, strict=True)]
+    low, high = math.exp(xs[0] + 0.1 * (xs[-1] - xs[0])), math.exp(xs[-1])
+    excess = [min(cap, cap if loss is None else loss) - best_point(curve).loss for loss in losses]
+    places = np.linspace(math.log(low), xs[-1], 200_001)
+    middles = np.interp((places[1:] + places[:-1]) / 2, xs, excess)
+    assert sensitivity(curve, low, high, cap) == pytest.approx(middles.mean(), abs=1e-4)
+
+
+def test_sensitivity_in_closed_form():
+    """ℓ − ℓ* = c ln²(η/η*) over ±w around η*: the mean is c w² / 3; a flat curve has none."""
+    rates = [1e-3 * math.exp(-1 + k / 500) for k in range(1001)]
+    found = sensitivity(curve_of(parabola(1e-3, 0.3), rates=rates), rates[0], rates[-1], 99)
+    assert found == pytest.approx(0.1, rel=1e-3)
+    assert sensitivity(curve_of(lambda lr: 2.0), RATES[0], RATES[-1], 5) == 0
+    assert sensitivity(curve_of(lambda lr: 2.0), 1e-9, RATES[-1], 5) is None
+
+
+def test_more_points_do_not_weigh_more():
+    """What refinement adds on a straight piece changes nothing."""
+    coarse = curve_of(lambda lr: 2 + abs(math.log(lr / 1e-3)))
+    fine = sorted([*coarse, *(Point(lr, 2 + abs(math.log(lr / 1e-3)), True) for lr in (1.2e-3, 1.3e-3, 1.4e-3))])
+    a, b = RATES[0], RATES[-1]
+    assert sensitivity(fine, a, b, 99) == pytest.approx(sensitivity(coarse, a, b, 99))
+
+
+def test_intervals_cover():
+    """Log-normal tolerances of five seeds: 95 of 100 intervals hold the true ratio; 2.776 is Student's t of a table."""
+    draw, hits, trials = np.random.default_rng(0), 0, 2000
+    for trial in range(trials):
+        theirs = np.exp(draw.normal(-4, 0.3, 5))
+        ours = 3.0 * theirs * np.exp(draw.normal(0, 0.2, 5))
+        found = paired_ratio(dict(enumerate(ours)), dict(enumerate(theirs)))
+        hits += found.low <= 3.0 <= found.high
+        if trial < 20:
+            logs = np.log(ours / theirs)
+            half = 2.776 * logs.std(ddof=1) / math.sqrt(5)
+            ends = math.exp(logs.mean() - half), math.exp(logs.mean() + half)
+            assert (found.low, found.high) == pytest.approx(ends, rel=1e-3)
+    assert 0.935 < hits / trials < 0.965
+
+
+def test_ratios_are_paired_by_seed():
+    assert paired_ratio({1: 2.0, 2: 8.0, 9: 1.0}, {1: 1.0, 2: 4.0, 5: 7.0}).value == pytest.approx(2.0)
+    assert paired_ratio({1: 2.0}, {2: 1.0}) is None
+    alone = geometric_mean([4.0])
+    assert (alone.value, alone.low, alone.high) == (pytest.approx(4.0), None, None)
+
+
+def test_edges_found_by_bisection_cover():
+    """The whole chain: edges that differ by seed, known only to a factor; the ratio's interval still covers."""
+    from gptnorm.study.search import Search, next_rates
+
+    draw, hits, trials = random.Random(1), 0, 300
+    grid = (1e-3, 3e-3, 1e-2, 3e-2)
+    for _ in range(trials):
+        edges = {name: {seed: draw.gauss(math.log(mean), 0.3) for seed in range(5)} for name, mean in
+                 (("ours", 6e-2), ("theirs", 2e-2))}  # fmt: skip
+        found: dict[str, dict[int, float]] = {"ours": {}, "theirs": {}}
+        for name, by_seed in edges.items():
+            for seed, edge in by_seed.items():
+                tried: list[Point] = []
+                while rates := next_rates(tried, grid, Search(edge=1.3), only_edge=True):
+                    new = [Point(lr, 2 + math.log(lr / 5e-3) ** 2, math.log(lr) < edge) for lr in rates]
+                    tried = sorted([*tried, *new])
+                found[name][seed] = edge_of(tried).middle
+        ratio = paired_ratio(found["ours"], found["theirs"])
+        hits += ratio.low <= 3.0 <= ratio.high
+    assert 0.91 < hits / trials < 0.99
