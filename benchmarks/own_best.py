@@ -8,7 +8,6 @@ run again; `--write-only` runs none and rewrites the page from the ledgers besid
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,9 @@ def ledger_sections(folders: Iterable[Path], title: str = "") -> list[str]:
     """A section for each study: the command that made it, and its table."""
     sections = []
     for folder in folders:
-        command = json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"]
-        sections.append(f"## {title}{folder.name}\n\n    {command}\n\n{markdown_table(load_study(folder))}")
+        study = load_study(folder)
+        commands = "\n".join(f"    {command}" for command in study.commands)
+        sections.append(f"## {title}{folder.name}\n\n{commands}\n\n{markdown_table(study)}")
     return sections
 
 

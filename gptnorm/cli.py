@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -223,8 +224,13 @@ def quickstart(settings: tuple[str, ...]) -> None:
     from gptnorm.report import load_study, rich_table
     from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import run_study
+    from gptnorm.study.ledger import OtherStudy
 
-    folder = run_study("quickstart", settings, Path("runs/quickstart"), console, command=())
+    folder, ask = Path("runs/quickstart"), partial(run_study, "quickstart", settings, console=console, command=())
+    try:
+        ask(folder)
+    except OtherStudy:
+        ask(folder, fresh=True)
     report = write_study_report(folder)
     console.print(rich_table(load_study(folder)))
     say(f"report: {report}")
@@ -236,15 +242,17 @@ def study() -> None:
 
 
 STUDY_DIR = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Study folder; an earlier one there is moved aside."
+    "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
 )
+FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside.")
 
 
 @study.command()
 @RECIPE
 @SETTINGS
 @STUDY_DIR
-def grid(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+@FRESH
+def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
     """Every strategy at every learning rate with every seed, such as 'study/catalogue'.
 
     RECIPE has a [study] table.
@@ -253,7 +261,7 @@ def grid(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
     from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import run_study
 
-    folder = run_study(recipe, settings, folder or Path("runs/study-grid"), console)
+    folder = run_study(recipe, settings, folder or Path("runs/study-grid"), console, fresh=fresh)
     report = write_study_report(folder)
     console.print(rich_table(load_study(folder)))
     say(f"report: {report}")
@@ -263,33 +271,37 @@ def grid(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
 @RECIPE
 @SETTINGS
 @STUDY_DIR
-def width(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+@FRESH
+def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
     """A ladder of widths (study.widths) under each width rule (study.rules), such as 'study/width'.
 
     RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
     """
-    climb("width", recipe, settings, folder)
+    climb("width", recipe, settings, folder, fresh)
 
 
 @study.command()
 @RECIPE
 @SETTINGS
 @STUDY_DIR
-def depth(recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+@FRESH
+def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
     """A ladder of depths (study.depths), such as 'study/depth', with gradients and cosines block by block.
 
     RECIPE has a [study] table.
     """
-    climb("depth", recipe, settings, folder)
+    climb("depth", recipe, settings, folder, fresh)
 
 
-def climb(axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...], folder: Path | None) -> None:
+def climb(
+    axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool
+) -> None:
     """Runs a ladder, prints its tables and writes its report."""
     from gptnorm.report import load_ladder, rich_ladder
     from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import run_study
 
-    folder = run_study(recipe, settings, folder or Path("runs") / f"study-{axis}", console, ladder=axis)
+    folder = run_study(recipe, settings, folder or Path("runs") / f"study-{axis}", console, ladder=axis, fresh=fresh)
     report = write_study_report(folder)
     console.print(rich_ladder(load_ladder(folder)))
     say(f"report: {report}")

@@ -50,6 +50,14 @@ class Recipe:
     layers: tuple[Layer, ...]
     study: Tree
 
+    def said(self, overrides: Iterable[str] = ()) -> Tree:
+        """What its files and the `key=value` arguments say, whatever the strategy: no defaults, no preset unfolded."""
+        tree: Tree = {}
+        for layer in self.layers:
+            merge(tree, layer.tree)
+        merge(tree, parse_overrides(overrides))
+        return tree
+
     def resolve(self, overrides: Iterable[str] = (), *, strategy: str | None = None) -> Config:
         """The settings of a run.
 

@@ -131,8 +131,9 @@ class Study:
     data: dict[str, Any]
     shared: dict[str, Any]
     differing: dict[str, dict[str, Any]]
-    environment: dict[str, Any]
-    command: str
+    environments: tuple[dict[str, Any], ...]
+    """Where it ran, one after the other."""
+    commands: tuple[str, ...]
     seconds: float | None
     unigram_entropy: float | None
     """Loss in nats of a model that knows only how frequent each token is."""
@@ -242,8 +243,8 @@ def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Stu
         data=dict(raw.get("data") or {}),
         shared=dict(settings.get("shared") or {}),
         differing={key: dict(values) for key, values in (settings.get("differing") or {}).items()},
-        environment=dict(raw.get("environment") or {}),
-        command=str(raw.get("command") or ""),
+        environments=tuple(dict(part) for part in raw.get("environments") or ()),
+        commands=tuple(map(str, raw.get("commands") or ())),
         seconds=finite(raw.get("seconds")),
         unigram_entropy=finite(raw.get("unigram_entropy")),
         cells=cells,

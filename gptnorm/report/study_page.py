@@ -183,12 +183,12 @@ def provenance_section(study: Study) -> Markup:
         ),
         ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
         ("Seeds", ", ".join(str(seed) for seed in study.seeds)),
-        *environment_pairs(study.environment),
+        *(pair for environment in study.environments for pair in environment_pairs(environment)),
         ("Wall time", duration_text(study.seconds)),
     ]
     content = []
-    if study.command:
-        content.append(tag("pre", tag("code", study.command)))
+    if study.commands:
+        content.append(tag("pre", tag("code", "\n".join(study.commands))))
     content.append(page.pairs(items))
     if study.cells:
         content.append(page.details(f"Every run ({len(study.cells)})", [_run_table(study)]))

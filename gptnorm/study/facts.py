@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,12 @@ import numpy as np
 from gptnorm.data import Shards
 from gptnorm.recipe import Recipe, to_tree
 from gptnorm.study.ladder import SETS
+from gptnorm.study.ledger import Facts, split
 from gptnorm.tables import flatten
 from gptnorm.train.inputs import check_vocab, refuse_unknown_ids
+
+VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
+"""What differs from run to run in every study."""
 
 if TYPE_CHECKING:
     from gptnorm.study.grid import Cell, StudyConfig
@@ -39,20 +44,13 @@ def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
 
 def split_settings(cells: list[Cell]) -> dict[str, Any]:
     """The settings that all strategies share, and those that differ, with each strategy's value."""
-    flat: dict[str, dict[str, Any]] = {}
+    by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
         settings = flatten(to_tree(cell.config))
-        rung = SETS[cell.rung.axis] if cell.rung else ()
-        for varied in ("model.strategy", "optim.lr", "seed", "run.dir", *rung):
+        for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ())):
             settings.pop(varied)
-        flat.setdefault(cell.strategy, settings)
-    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
-    values = {key: {strategy: settings.get(key) for strategy, settings in flat.items()} for key in keys}
-    same = {key for key, by in values.items() if all(v == next(iter(by.values())) for v in by.values())}
-    return {
-        "shared": {key: next(iter(values[key].values())) for key in keys if key in same},
-        "differing": {key: values[key] for key in keys if key not in same},
-    }
+        by_strategy.setdefault(cell.strategy, settings)
+    return split(by_strategy)
 
 
 def describe_study(
@@ -60,9 +58,10 @@ def describe_study(
     study: StudyConfig,
     cells: list[Cell],
     shards: Shards,
+    overrides: Sequence[str],
     command: str,
     environment: dict[str, Any],
-) -> dict[str, Any]:
+) -> Facts:
     """What `study.json` holds before the first cell has ended."""
     data = cells[0].config.data
     vocab = shards.vocab_size or check_vocab(cells[0].config, shards)
@@ -70,7 +69,7 @@ def describe_study(
     return {
         "title": study.title,
         "recipe": recipe.name,
-        "command": command,
+        "commands": [command],
         "strategies": list(study.strategies),
         "lrs": sorted(study.lrs),
         "seeds": list(study.seeds),
@@ -82,11 +81,16 @@ def describe_study(
             "train_tokens": len(shards.train),
             "val_tokens": len(shards.val),
         },
-        "settings": split_settings(cells),
-        "environment": environment,
+        "settings": {**split_settings(cells), "recipe": _said(recipe, overrides)},
+        "environments": [{key: value for key, value in environment.items() if key != "started"}],
         "unigram_entropy": entropy if math.isfinite(entropy) else None,
         "seconds": None,
     }
+
+
+def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
+    said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
+    return {key: value for key, value in said.items() if key not in VARIED}
 
 
 def _describe_ladder(study: StudyConfig, cells: list[Cell]) -> dict[str, Any]:

@@ -2,18 +2,17 @@
 
 A ladder is such a grid at each of several depths or widths.
 
-The study folder holds `study.json` (what was asked and where it ran), `cells.jsonl` (one line per
-finished cell) and `cells/<strategy>/[<rung>/]lr-<rate>-seed-<n>/`, a full run folder each.
+The study folder is `gptnorm.study.ledger`'s; `cells/<strategy>/[<rung>/]lr-<rate>-seed-<n>/` is a full run folder each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +24,12 @@ from gptnorm.config import STRICT, Config, Count, Positive, PositiveFloat, Width
 from gptnorm.data import Shards, prepare
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError, bad_value
-from gptnorm.files import write_atomic
 from gptnorm.model import build_gpt
 from gptnorm.recipe import Recipe, load_recipe, parse_overrides
 from gptnorm.study.facts import describe_study
 from gptnorm.study.ladder import FEWEST, SETS, Axis, Rung, depth_rungs, width_rungs
-from gptnorm.study.pool import run_cells
+from gptnorm.study.ledger import Facts, Ledger
+from gptnorm.study.pool import Outcome, run_cells
 from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
 from gptnorm.typed import read_table
 
@@ -92,48 +91,80 @@ def run_study(
     *,
     ladder: Axis | None = None,
     command: tuple[str, ...] | None = None,
+    fresh: bool = False,
 ) -> Path:
-    """Runs the study of a recipe into `folder`; an earlier study there is moved aside, never overwritten.
+    """Runs the study of a recipe into `folder`, or what is missing of it there.
+
+    What the folder's study asked for and what is asked now are one grid, of which every run that has not ended is made.
 
     Args:
         name: the recipe, with a `[study]` table.
         overrides: `key=value` arguments; `study.…` sets the grid, the rest holds for every cell.
         ladder: what changes from rung to rung; None: a single grid.
         command: the words after `gptnorm` that ask for this study, for its record; None: "study" and its kind.
+        fresh: begin again; an earlier study there is moved aside.
 
     Raises:
-        UserError: anything wrong with recipe or settings, before anything is written.
+        UserError: anything wrong with recipe or settings, before anything is written. OtherStudy: the folder holds one
+            with other settings.
     """
     recipe = load_recipe(name)
     study = read_study(recipe, overrides, ladder)
-    cells = make_cells(recipe, study, overrides)
-    with console.status("preparing the text …"):
-        shards = prepare(cells[0].config.data)
-    _check(cells, shards)
-    device = resolve_device(cells[0].config.train.device)
-    workers = study.workers or (1 if device.type == "cuda" else _cores())
-    words = ("study", ladder or "grid") if command is None else command
-    line = shlex.join(["gptnorm", *words, name, *overrides])
-    facts = describe_study(recipe, study, cells, shards, line, describe_environment(device))
-
-    try:
-        _move_aside(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    write_atomic(folder / "study.json", json.dumps(facts, indent=2) + "\n")
-    started = time.monotonic()
-    with (folder / "cells.jsonl").open("a", encoding="utf-8") as ledger:
-        for cell, (result, signal) in run_cells(cells, shards.folder, folder, min(workers, len(cells)), console):
-            record: dict[str, Any] = {"strategy": cell.strategy, "lr": cell.lr, "seed": cell.seed, "run": cell.folder}
-            record |= {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
-            if cell.rung:
-                record |= {"size": cell.rung.size, "rule": cell.rung.rule, "signal": signal}
-            ledger.write(json.dumps(record) + "\n")
-            ledger.flush()
-    facts["seconds"] = round(time.monotonic() - started, 1)
-    write_atomic(folder / "study.json", json.dumps(facts, indent=2) + "\n")
+    make_cells(recipe, study, overrides)  # whatever is wrong with them is said before a study is moved aside
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(folder))
+        if ledger.earlier is not None and not fresh:
+            study = _with_earlier(study, ledger.earlier)
+        cells = make_cells(recipe, study, overrides)
+        with console.status("preparing the text …"):
+            shards = prepare(cells[0].config.data)
+        _check(cells, shards)
+        device = resolve_device(cells[0].config.train.device)
+        words = ("study", ladder or "grid") if command is None else command
+        line = shlex.join(["gptnorm", *words, name, *overrides])
+        facts = describe_study(recipe, study, cells, shards, overrides, line, describe_environment(device))
+        if fresh and ledger.earlier is not None:
+            stack.close()
+            _move_aside(folder)
+            ledger = stack.enter_context(Ledger(folder))
+        ledger.begin(facts)
+        missing = [cell for cell in cells if cell.folder not in ledger.done]
+        if not missing:
+            return folder
+        workers = min(study.workers or (1 if device.type == "cuda" else _cores()), len(missing))
+        started = time.monotonic()
+        try:
+            for cell, outcome in run_cells(missing, shards.folder, folder, workers, console):
+                ledger.add(cell.folder, **_line(cell, outcome))
+        finally:
+            ledger.spent(time.monotonic() - started)
     return folder
+
+
+def _line(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """What the ledger keeps of a run."""
+    result, training = outcome.result, outcome.training
+    record: dict[str, Any] = {"strategy": cell.strategy, "lr": cell.lr, "seed": cell.seed}
+    record |= {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
+    record |= {"tail_loss": training.tail, "lowest_loss": training.lowest, "spikes": training.spikes}
+    if cell.rung:
+        record |= {"size": cell.rung.size, "rule": cell.rung.rule, "signal": outcome.signal}
+    return record
+
+
+def _with_earlier(study: StudyConfig, earlier: Facts) -> StudyConfig:
+    """The grid of both."""
+
+    def both(key: str, there: list[Any]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys([*there, *getattr(study, key)]))
+
+    grown = {key: both(key, earlier[key]) for key in ("strategies", "lrs", "seeds")}
+    ladder = earlier.get("ladder")
+    if ladder and study.axis == ladder["axis"]:
+        grown[f"{study.axis}s"] = both(f"{study.axis}s", ladder["sizes"])
+        if study.rules:
+            grown["rules"] = both("rules", ladder["rules"])
+    return replace(study, **grown)
 
 
 def read_study(recipe: Recipe, overrides: tuple[str, ...], ladder: Axis | None = None) -> StudyConfig:
@@ -224,10 +255,11 @@ def _cores() -> int:
 
 
 def _move_aside(folder: Path) -> None:
-    """Renames an existing folder to the first free NAME.1, NAME.2, …"""
-    if not folder.exists():
-        return
+    """Renames the folder to the first free NAME.1, NAME.2, …"""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be moved aside: {error.strerror}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -58,22 +57,21 @@ class Stability:
         return training.tail <= training.lowest + self.rise
 
 
-def summarize(losses: Sequence[float | None]) -> Training:
-    """The numbers of a run from its training losses, step by step; one that is not finite ends it."""
-    finite: list[float] = []
-    for loss in losses:
-        if loss is None or not math.isfinite(loss):
-            break
-        finite.append(loss)
+def summarize(losses: Sequence[float], *, whole: bool) -> Training:
+    """The numbers of a run from its training losses, step by step, all of them finite.
+
+    Args:
+        whole: whether the run came to its end.
+    """
+    if not whole or not losses:
+        return Training(tail=None, lowest=None, spikes=count_spikes(losses))
     length = max(1, round(TAIL * len(losses)))
-    if len(finite) < len(losses) or not finite:
-        return Training(tail=None, lowest=None, spikes=count_spikes(finite))
-    total = sum(finite[:length])
+    total = sum(losses[:length])
     lowest = total
-    for new, old in zip(finite[length:], finite, strict=False):
+    for new, old in zip(losses[length:], losses, strict=False):
         total += new - old
         lowest = min(lowest, total)
-    return Training(tail=sum(finite[-length:]) / length, lowest=lowest / length, spikes=count_spikes(finite))
+    return Training(tail=sum(losses[-length:]) / length, lowest=lowest / length, spikes=count_spikes(losses))
 
 
 def count_spikes(losses: Sequence[float]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -18,14 +20,25 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gptnorm.report.records import read_lines
+from gptnorm.study.outcome import Training, summarize
+
 if TYPE_CHECKING:
     from gptnorm.config import Config
     from gptnorm.study.grid import Cell
     from gptnorm.study.signal import Signal
     from gptnorm.train.loop import Result
 
-    Outcome = tuple[Result, dict[str, Signal | None] | None]
-    """How a cell ended, and in a ladder its signal propagation."""
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a cell ended."""
+
+    result: Result
+    training: Training
+    signal: dict[str, Signal | None] | None
+    """In a ladder: signal propagation at initialisation and at the end."""
+
 
 REPORT_EVERY = 0.3
 """Seconds between a worker's words about its progress."""
@@ -79,7 +92,7 @@ def run_cells(
                 display.running(_drain(queue))
                 for future in done:
                     outcome = future.result()
-                    display.finished(futures[future], outcome[0])
+                    display.finished(futures[future], outcome.result)
                     yield futures[future], outcome
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -111,9 +124,15 @@ def _run_cell(config: Config, shards: Path, folder: Path, name: str, signal: boo
     from gptnorm.study.signal import run_with_signal
     from gptnorm.train.loop import start_run
 
+    # What a kill left of this run; it has not ended, or the ledger would have it.
+    shutil.rmtree(folder, ignore_errors=True)
+    text, reporter, found = Shards.open(shards), _Reporter(name), None
     if signal:
-        return run_with_signal(config, Shards.open(shards), folder, _Reporter(name))
-    return start_run(config, Shards.open(shards), folder, _Reporter(name)), None
+        result, found = run_with_signal(config, text, folder, reporter)
+    else:
+        result = start_run(config, text, folder, reporter)
+    losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line.get("split") == "train"]
+    return Outcome(result=result, training=summarize(losses, whole=result.status == "finished"), signal=found)
 
 
 def _drain(queue: Any) -> dict[str, tuple[int, float]]:

@@ -91,9 +91,9 @@ def make_ladder(
         },
         "data": {"path": "text", "tokenizer": "bytes", "fingerprint": "f00d", "train_tokens": 9, "val_tokens": 9},
         "settings": {"shared": {"train.steps": 6}, "differing": {}},
-        "environment": ENVIRONMENT,
+        "environments": [ENVIRONMENT],
         "unigram_entropy": ENTROPY,
-        "command": f"gptnorm study {axis} ladder",
+        "commands": [f"gptnorm study {axis} ladder"],
         "seconds": 10.0,
     }
     (folder / "study.json").write_text(json.dumps(study))

@@ -98,8 +98,8 @@ def make_study(
                 "init.std": {name: 0.02 for name in list(outcomes)[:1]},
             },
         },
-        "environment": ENVIRONMENT,
-        "command": "gptnorm study recipes/laptop.toml",
+        "environments": [ENVIRONMENT],
+        "commands": ["gptnorm study recipes/laptop.toml"],
         "seconds": 4321.0,
         "unigram_entropy": 5.0,
     }

@@ -62,20 +62,20 @@ def test_near_rates_have_folders_of_their_own(study):
     assert len(set(folders)) == len(folders)
 
 
-def test_a_diverged_cell_is_a_data_point_and_the_old_study_is_kept(study, tmp_path):
+def test_a_diverged_cell_is_a_data_point(study, tmp_path):
     folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "mine").write_text("kept")
     run_study(
         str(study),
         ("study.strategies=['prenorm']", "study.lrs=[0.001, 1e30]", "optim.clip=0", "study.workers=1"),
         folder,
         Console(quiet=True),
     )
-    assert (tmp_path / "out.1/mine").read_text() == "kept"
     rows = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
     assert {row["lr"]: row["status"] for row in rows} == {0.001: "finished", 1e30: "diverged"}
     assert next(row["val_loss"] for row in rows if row["lr"] == 1e30) is None
+    assert next(row["tail_loss"] for row in rows if row["lr"] == 1e30) is None
+    losses = [json.loads(line) for line in (folder / rows[0]["run"] / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["tail_loss"] == [line["loss"] for line in losses if line["split"] == "train"][-1], "5 % of 6 steps"
     assert all((folder / row["run"] / "metrics.jsonl").is_file() for row in rows)
 
 

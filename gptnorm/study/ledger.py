@@ -1,0 +1,202 @@
+"""A study's folder: what was asked, and what came of it.
+
+| file | content |
+|---|---|
+| study.json | what was asked: recipe, strategies, rates, seeds, settings, data; every command and machine |
+| cells.jsonl | one line for each run that has ended; of two of the same run the last counts |
+| cells/… | the runs' own folders |
+| report.html | the same for people |
+| lock | held by the process that works on it, gone afterwards |
+
+The same command goes on where it was cut off, and a command that asks for more (strategies, rates, seeds, sizes) adds
+to what is there: a run that is in the ledger is never made again. What the runs have in common must be the same: other
+settings are another study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptnorm.errors import UserError, bad_value
+from gptnorm.files import write_atomic
+from gptnorm.lock import Taken, acquire
+from gptnorm.recipe import HOW
+from gptnorm.report.records import read_lines, read_object
+
+Facts = dict[str, Any]
+"""study.json."""
+
+UNIONS = ("strategies", "lrs", "seeds", "commands", "environments")
+
+
+class OtherStudy(UserError):
+    """The folder holds a study with other settings."""
+
+
+class Ledger:
+    """A study folder, locked while it is open.
+
+    Raises:
+        UserError: another process works on it, it holds something else, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.earlier: Facts | None = None
+        """What was asked before; None in a new folder."""
+        self.done: dict[str, dict[str, Any]] = {}
+        """The line of each run that has ended, by the run's folder."""
+        self._environment = 0
+
+    def __enter__(self) -> Ledger:
+        ancestors = (self.folder, *self.folder.parents)
+        self._new = [folder for folder in ancestors if not folder.exists()]
+        path = self.folder / "lock"
+        try:
+            self._lock = acquire(path, wait=False)
+        except Taken:
+            raise bad_value("--dir", str(self.folder), "another process works on that study") from None
+        except OSError as error:
+            raise bad_value("--dir", str(self.folder), f"cannot be written: {error.strerror}") from None
+        try:
+            self._read()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+
+    def begin(self, facts: Facts) -> None:
+        """Records what is asked now, beside what was asked before.
+
+        Raises:
+            OtherStudy: runs of the two would not be comparable.
+        """
+        facts = json.loads(json.dumps(facts))
+        (here,) = facts["environments"]
+        if self.earlier is not None:
+            refuse_another(self.earlier, facts, self.folder)
+            facts = joined(self.earlier, facts)
+        self._environment = facts["environments"].index(here)
+        self.earlier = facts
+        self._write(facts)
+
+    def add(self, run: str, **fields: Any) -> None:
+        """The line of a run that has ended, on the disk before it returns."""
+        line = {**fields, "run": run, "environment": self._environment}
+        with (self.folder / "cells.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[run] = line
+
+    def spent(self, seconds: float) -> None:
+        """Adds to the time that the study has taken."""
+        assert self.earlier is not None
+        self.earlier["seconds"] = round((self.earlier["seconds"] or 0.0) + seconds, 1)
+        self._write(self.earlier)
+
+    def _write(self, facts: Facts) -> None:
+        write_atomic(self.folder / "study.json", json.dumps(facts, indent=2) + "\n")
+
+    def _read(self) -> None:
+        if (self.folder / "study.json").is_file():
+            self.earlier = read_object(self.folder / "study.json")
+            _end_the_last_line(self.folder / "cells.jsonl")
+            lines = read_lines(self.folder / "cells.jsonl")
+            self.done = {line["run"]: line for line in lines if isinstance(line.get("run"), str)}
+        elif any(path.name != "lock" for path in self.folder.iterdir()):
+            raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
+
+    def _release(self) -> None:
+        # Whoever waits for the lock looks whether its file is still there.
+        with contextlib.suppress(OSError):
+            (self.folder / "lock").unlink()
+        self._lock.close()
+        with contextlib.suppress(OSError):  # only what nothing was written into
+            for folder in self._new:
+                folder.rmdir()
+
+
+def refuse_another(earlier: Facts, facts: Facts, folder: Path) -> None:
+    """OtherStudy, with the first thing that differs, if runs of the two would not be comparable."""
+    for key, before, now in _comparable(earlier, facts):
+        if before != now:
+            raise OtherStudy(
+                f"--dir = {str(folder)!r}: holds a study with {key} = {before!r}, not {now!r}; name another folder, or "
+                "have it moved aside with --fresh"
+            )
+
+
+def joined(earlier: Facts, facts: Facts) -> Facts:
+    """What was asked before and now, together."""
+    found = {**facts, "title": earlier["title"], "seconds": earlier["seconds"]}
+    for key in UNIONS:
+        found[key] = _union(earlier[key], facts[key])
+    found["lrs"] = sorted(found["lrs"])
+    if "ladder" in facts:
+        before, now = earlier["ladder"], facts["ladder"]
+        found["ladder"] = {
+            **now,
+            "sizes": sorted(_union(before["sizes"], now["sizes"])),
+            "rules": _union(before["rules"], now["rules"]),
+            "settings": {**before["settings"], **now["settings"]},
+        }
+    by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
+    found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
+    return found
+
+
+def split(by_strategy: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all strategies share, and those that differ, with each strategy's value."""
+    keys = dict.fromkeys(key for settings in by_strategy.values() for key in settings)
+    values = {key: {name: settings.get(key) for name, settings in by_strategy.items()} for key in keys}
+    same = {key for key, by in values.items() if all(value == next(iter(by.values())) for value in by.values())}
+    return {
+        "shared": {key: next(iter(values[key].values())) for key in keys if key in same},
+        "differing": {key: values[key] for key in keys if key not in same},
+    }
+
+
+def settings_by_strategy(facts: Facts) -> dict[str, dict[str, Any]]:
+    """Every setting of each strategy, by its dotted key."""
+    settings = facts["settings"]
+    return {
+        name: {**settings["shared"], **{key: by.get(name) for key, by in settings["differing"].items()}}
+        for name in facts["strategies"]
+    }
+
+
+def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
+    """What must be equal: key, value before, value now."""
+    yield "recipe", earlier["recipe"], facts["recipe"]
+    yield "ladder", earlier.get("ladder", {}).get("axis"), facts.get("ladder", {}).get("axis")
+    before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
+    pairs = [(before[name], now[name]) for name in now if name in before]
+    for a, b in [*pairs, (earlier["settings"]["recipe"], facts["settings"]["recipe"])]:
+        for key in dict.fromkeys([*a, *b]):
+            # Where and how a run is computed may change; environments say it.
+            if not key.startswith(HOW):
+                yield key, a.get(key), b.get(key)
+    yield "data.fingerprint", earlier["data"]["fingerprint"], facts["data"]["fingerprint"]
+    a, b = (part.get("ladder", {}).get("settings", {}) for part in (earlier, facts))
+    for label in a.keys() & b.keys():
+        yield label, a[label], b[label]
+
+
+def _union(before: list[Any], now: list[Any]) -> list[Any]:
+    return [*before, *(value for value in now if value not in before)]
+
+
+def _end_the_last_line(path: Path) -> None:
+    """A kill may have left half a line, and the next one must not be glued to it."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")

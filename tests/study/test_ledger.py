@@ -1,0 +1,208 @@
+"""Studies that are killed, that grow, and that are something else than what is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gptnorm.errors import UserError
+from gptnorm.lock import locked
+from gptnorm.study import grid, pool
+from gptnorm.study.grid import run_study
+from gptnorm.study.ledger import OtherStudy
+
+STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm"]\nlrs = [0.01, 0.001]\nseeds = [3]\nworkers = 1\n'
+SMALL = ("train.steps=4", "watch.every=0", "train.eval_batches=1", "checkpoint.final=false")
+
+
+@pytest.fixture
+def study(recipe, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(recipe.read_text() + STUDY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_process(request, monkeypatch):
+    """Cells one after the other in this process, but where a test kills processes."""
+
+    def run_cells(cells, shards, folder, workers, console):
+        for cell in cells:
+            yield cell, pool._run_cell(cell.config, shards, folder / cell.folder, cell.folder, cell.rung is not None)
+
+    if "kills" not in request.fixturenames:
+        monkeypatch.setattr(grid, "run_cells", run_cells)
+
+
+def ask(study, folder, *settings, **more):
+    return run_study(str(study), (*SMALL, *settings), folder, Console(quiet=True), **more)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def everything(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def outcomes(folder):
+    """What each run came to, whenever it was made."""
+    rows = lines(folder)
+    assert len({row["run"] for row in rows}) == len(rows), "a run was made twice"
+    return {row["run"]: {k: v for k, v in row.items() if k not in ("seconds", "environment")} for row in rows}
+
+
+def test_a_study_that_is_done_is_left_alone(study, tmp_path):
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    assert ask(study, folder) == folder
+    assert everything(folder) == before
+    assert not (folder / "lock").exists()
+
+
+def test_a_study_grows(study, tmp_path):
+    """More of each; what was there is not touched, and the grid of both is made."""
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    ask(study, folder, 'study.strategies=["ngpt"]', "study.seeds=[4]", "study.lrs=[0.003]")
+    assert len(outcomes(folder)) == 2 * 2 * 3
+    after = everything(folder)
+    for path, content in before.items():
+        if path.parts[0] == "cells":
+            assert after[path] == content
+    assert after[Path("cells.jsonl")].startswith(before[Path("cells.jsonl")])
+    facts = json.loads((folder / "study.json").read_text())
+    assert facts["strategies"] == ["prenorm", "ngpt"]
+    assert (facts["lrs"], facts["seeds"]) == ([0.001, 0.003, 0.01], [3, 4])
+    assert facts["settings"]["differing"]["optim.weight_decay"] == {"prenorm": 0.1, "ngpt": 0.0}
+    assert len(facts["commands"]) == 2
+    assert len(facts["environments"]) == 1
+    whole = ask(study, tmp_path / "whole", 'study.strategies=["prenorm","ngpt"]', "study.seeds=[3,4]",
+                "study.lrs=[0.01,0.003,0.001]")  # fmt: skip
+    assert outcomes(folder) == outcomes(whole)
+
+
+def test_a_ladder_grows(study, tmp_path):
+    ladder = ("study.lrs=[0.01]", "study.depths=[1,2]")
+    folder = ask(study, tmp_path / "out", *ladder, ladder="depth")
+    ask(study, folder, "study.lrs=[0.01]", "study.depths=[2,3]", ladder="depth")
+    assert sorted(row["size"] for row in lines(folder)) == [1, 2, 3]
+    assert json.loads((folder / "study.json").read_text())["ladder"]["sizes"] == [1, 2, 3]
+    with pytest.raises(OtherStudy, match="ladder = 'depth', not None"):
+        ask(study, folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ("train.steps=5", "train.steps = 4, not 5"),
+        ("optim.weight_decay=0.3", "optim.weight_decay = 0.1, not 0.3"),
+        ("strategy.eps=1e-3", "strategy.eps = "),
+        ("data.val_fraction=0.2", "data.val_fraction = "),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["prenorm", "ngpt"])
+def test_other_settings_are_another_study(study, tmp_path, setting, word, strategy):
+    """Also if no strategy is common to both: the recipe would have meant something else."""
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    with pytest.raises(OtherStudy) as caught:
+        ask(study, folder, setting, f'study.strategies=["{strategy}"]')
+    assert (word if strategy == "prenorm" else word.partition(" = ")[0]) in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert everything(folder) == before
+
+
+def test_how_a_run_is_computed_may_change(study, tmp_path):
+    folder = ask(study, tmp_path / "out")
+    ask(study, folder, "train.threads=2", "study.seeds=[4]")
+    assert len(lines(folder)) == 4
+
+
+def test_other_text_is_another_study(study, tmp_path):
+    text = tmp_path / "text.txt"
+    settings = (f"data.path={text}", "data.val_fraction=0.5")
+    text.write_text("".join(f"Line {i} of some text.\n" for i in range(2000)))
+    folder = ask(study, tmp_path / "out", *settings)
+    text.write_text("".join(f"Line {i} of other text.\n" for i in range(2000)))
+    with pytest.raises(OtherStudy, match=r"data\.fingerprint"):
+        ask(study, folder, *settings)
+
+
+def test_begun_again_on_demand(study, tmp_path):
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    ask(study, folder, "train.steps=5", fresh=True)
+    assert everything(tmp_path / "out.1") == before
+    assert len(lines(folder)) == 2
+    with pytest.raises(UserError):
+        ask(study, folder, "train.seq_len=1000000", fresh=True)
+    assert not (tmp_path / "out.2").exists()
+
+
+def test_two_at_once(study, tmp_path):
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    with locked(folder / "lock", wait=False), pytest.raises(UserError, match="another process works on that study"):
+        ask(study, folder, "study.seeds=[4]")
+    (folder / "lock").unlink(missing_ok=True)
+    assert everything(folder) == before
+
+
+def test_a_folder_with_something_else(study, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine").write_text("kept")
+    with pytest.raises(UserError, match="holds something else than a study"):
+        ask(study, folder)
+    assert everything(folder) == {Path("mine"): b"kept"}
+
+
+@pytest.mark.parametrize("tail", ['{"run": "cells/prenorm/lr-0.0', "\0\0", '{"run": 3}'])
+def test_half_a_last_line(study, tmp_path, tail):
+    folder = ask(study, tmp_path / "out")
+    first, _ = (folder / "cells.jsonl").read_text().splitlines()
+    (folder / "cells.jsonl").write_text(f"{first}\n{tail}")
+    ask(study, folder)
+    kept = [line for line in (folder / "cells.jsonl").read_text().splitlines() if line.startswith("{")]
+    assert kept[0] == first
+    assert json.loads(kept[-1])["run"] != json.loads(first)["run"]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_9_again_and_again(study, tmp_path, kills):
+    """Workers included. The ledger ends with the cells of a study that was left alone, each of them made once."""
+    seeds = f"study.seeds={list(range(kills))}"
+    straight, folder, draw = (
+        ask(study, tmp_path / "straight", seeds, "study.workers=2"),
+        tmp_path / "killed",
+        random.Random(1),
+    )
+    command = [sys.executable, "-m", "gptnorm", "study", "grid", str(study), *SMALL, seeds, "--dir", str(folder)]
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    met, ended = 0, False
+    while met < kills and not ended:
+        process = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        begun = time.time()
+        while process.poll() is None and not any(p.stat().st_mtime > begun for p in folder.glob("cells/*/*")):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error
+        met, ended = met + (process.returncode != 0), process.returncode == 0
+    assert met > 2, "the study ended before it was killed"
+    ask(study, folder, seeds)
+    assert outcomes(folder) == outcomes(straight)
+    assert not (folder / "lock").exists()
