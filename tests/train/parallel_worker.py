@@ -222,10 +222,11 @@ def dropping(case: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def low_precision(case: dict[str, Any], world: World) -> dict[str, Any]:
-    """bf16 weights where they are used, fp32 where they are kept."""
+    """bf16 weights where they are used, fp32 where they are kept and where gradients are added."""
     config = make_config(case)
     dense, spread = dense_model(config, torch.float32), spread_model(config, world, torch.float32)
     tokens = text(ROWS, LENGTH - 1)
+    worst = Worst()
     seen = []
     spread.blocks[0].attn.q.register_forward_hook(lambda module, args, y: seen.append(str(y.dtype)))
     losses = []
@@ -235,8 +236,27 @@ def low_precision(case: dict[str, Any], world: World) -> dict[str, Any]:
         losses.append(mean_over_data(objective.loss.detach(), world).item())
     kept = {str(t.dtype) for p in spread.parameters() for t in (p, p.grad) if t is not None}
     norms = [torch.nn.utils.get_total_norm([p.grad for p in dense.parameters() if p.grad is not None]).item()]
+    if world.tensor_size == 1:
+        _see_reduction(config, spread, own_rows(tokens, world), world, worst)
     norms.append(clip_gradients(spread, 1e9, world).item())
-    return {"used": seen, "kept": sorted(kept), "losses": losses, "norms": norms}
+    return {"used": seen, "kept": sorted(kept), "losses": losses, "norms": norms, **worst.found}
+
+
+def _see_reduction(config: Config, spread: GPT, tokens: Tensor, world: World, worst: Worst) -> None:
+    """The gradients against the fp32 mean of what each process has alone, in bf16; and what a bf16 mean would be."""
+    alone = dense_model(config, torch.float32)
+    for p in alone.parameters():
+        p.data = p.data.bfloat16()
+    alone.objective(tokens).total.backward()
+    for (name, p), q in zip(alone.named_parameters(), spread.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.dtype == torch.bfloat16
+        parts = [torch.empty_like(p.grad) for _ in range(world.size)]
+        dist.all_gather(parts, p.grad)
+        mean = torch.stack(parts).float().mean(0)
+        worst.relative("reduced", whole(q.grad), mean, name)
+        worst.relative("reduced in bf16", torch.stack(parts).sum(0).div(world.size).float(), mean, name)
 
 
 def maps(case: dict[str, Any], world: World) -> dict[str, Any]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import pickle
 import resource
 import shutil
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
-from processes import ended, environment, numbers, run, start, status, wait_for_step
+from processes import ended, environment, metrics, numbers, run, start, status, wait_for_step
+from safetensors.torch import load_file
+from saving import weights_of
 
 from gptnorm.errors import UserError
+from gptnorm.files import sha256_file
 from gptnorm.train.run_folder import RunFolder
 
 SLOW_HARM = ["flip", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut", "remove"))]
 
-SETTINGS = ("train.steps=60", "checkpoint.every=10", "train.eval_every=20")
+SETTINGS = ("train.steps=60", "checkpoint.every=10", "checkpoint.keep=3", "train.eval_every=20")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def straight(recipe, tmp_path_factory):
 
 @pytest.fixture
 def copy(straight, tmp_path):
-    """A finished run's folder whose last steps are to be made again."""
+    """A finished run's folder whose last steps are to be made again; it has the checkpoints 40 and 50."""
     folder = tmp_path / "copy"
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "checkpoints/step-000060")
@@ -82,9 +90,8 @@ def test_a_limit_on_file_size_is_one_line(recipe, tmp_path, asynchronous):
 
 @pytest.mark.parametrize("harm", SLOW_HARM)
 def test_a_damaged_checkpoint(copy, straight, harm):
+    """With --auto the run goes on from the checkpoint before, and makes what was lost again."""
     newest = copy / "checkpoints/step-000050"
-    shutil.copytree(newest, copy / "checkpoints/step-000040")
-    state = copy / "checkpoints/step-000040/state.json"
     damaged = next(newest.glob("*00002.safetensors"))
     content = bytearray(damaged.read_bytes())
     if harm == "cut":
@@ -97,18 +104,19 @@ def test_a_damaged_checkpoint(copy, straight, harm):
     before = numbers(copy)
     assert refused(run("resume", copy), damaged.name, "--auto")
     assert numbers(copy) == before, "a refused resume changes nothing"
-    # What was copied is a sound checkpoint of step 50 under another name: --auto falls back to it.
-    assert state.is_file()
     done = run("resume", copy, "--auto")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (copy / "checkpoints/aside-step-000050").is_dir(), "it went on from step 40"
     assert numbers(copy) == numbers(straight)
+    for step in (50, 60):
+        name = f"checkpoints/step-{step:06d}"
+        assert weights_of(copy / name) == weights_of(straight / name)
 
 
 def test_an_earlier_checkpoint_on_demand(copy, straight):
-    (kept,) = (path.name for path in (copy / "checkpoints").iterdir())
-    assert kept == "step-000050"
-    assert refused(run("resume", copy, "--step", "40"), "--step", "50")
-    assert run("resume", copy, "--step", "50").returncode == 0
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"step-000040", "step-000050"}
+    assert refused(run("resume", copy, "--step", "30"), "--step", "40, 50")
+    assert run("resume", copy, "--step", "40").returncode == 0
     assert numbers(copy) == numbers(straight)
 
 
@@ -202,12 +210,10 @@ def test_a_clock_that_goes_backwards(copy, straight, tmp_path):
 
 
 def test_verify_names_what_is_damaged(copy, tmp_path):
-    shutil.copytree(copy / "checkpoints/step-000050", copy / "checkpoints/step-000040")
     done = run("verify", copy)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.rpartition(" ")[2] for line in done.stdout.splitlines()] == ["sound", "sound"]
     damaged = copy / "checkpoints/step-000040/state.json"
-    damaged.write_text(damaged.read_text().replace("40", "41"))
     with damaged.open("a") as file:
         file.write(" ")
     done = run("verify", copy)
@@ -252,3 +258,116 @@ def test_no_room_for_a_line_is_one_line(recipe, straight, tmp_path):
     folder = tmp_path / "run"
     done = run("train", recipe, f"run.dir={folder}", *SETTINGS, "checkpoint.every=0", preexec_fn=limit)
     assert refused(done, str(folder), "File too large")
+
+
+def test_a_loss_that_is_no_longer_finite(recipe, tmp_path):
+    """A rate of 30 makes weight decay multiply the weights: exit code 3, and nothing of it in a checkpoint."""
+    folder = tmp_path / "run"
+    settings = (*SETTINGS, "optim.lr=30", "optim.clip=0", "checkpoint.every=2", "checkpoint.keep=9")
+    done = run("train", recipe, f"run.dir={folder}", *settings)
+    assert (done.returncode, done.stderr) == (3, "")
+    found = status(folder)
+    at = found["step"]
+    assert found["status"] == "diverged"
+    assert 2 < at < 60
+    said = f"diverged at step {at}: the {found['reason']} was non-finite first; nothing was updated with it"
+    assert done.stdout.splitlines()[-1] == said
+    assert [line["step"] for line in metrics(folder)] == list(range(1, at + 1))
+    assert all(math.isfinite(number) for line in metrics(folder) for number in (line["loss"], line["grad_norm"]))
+    kept = sorted((folder / "checkpoints").iterdir())
+    assert [path.name for path in kept] == [f"step-{step:06d}" for step in range(2, at + 1, 2)]
+    tensors = [tensor for path in kept[-1].glob("*.safetensors") for tensor in load_file(path).values()]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    before = numbers(folder)
+    again = run("resume", folder)
+    assert (again.returncode, again.stderr, again.stdout.splitlines()[-1]) == (3, "", said)
+    assert numbers(folder) == before
+
+
+def test_spikes_are_left_out_and_counted(recipe, tmp_path):
+    """The rule in plain numpy, over what the run wrote; where it leaves an update out no weight or moment moves."""
+    folder = tmp_path / "run"
+    settings = ("train.steps=40", "guard.sigmas=1.5", "guard.window=16", "checkpoint.every=1", "checkpoint.keep=40")
+    done = run("train", recipe, f"run.dir={folder}", *settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in metrics(folder) if line["split"] == "train"]
+    pairs = np.array([(line["loss"], line["grad_norm"]) for line in lines])
+    before = {step: pairs[step - 16 : step] for step in range(16, 40)}
+    limits = {step: last.mean(0) + 1.5 * last.std(0, ddof=1) for step, last in before.items()}
+    left_out = [step in limits and bool((pairs[step] > limits[step]).any()) for step in range(40)]
+    assert 0 < sum(left_out) < 20
+    assert [line["skipped"] for line in lines] == np.cumsum(left_out).tolist()
+    assert status(folder)["skipped"] == sum(left_out)
+    assert f"{sum(left_out)} updates left out as spikes" in done.stdout.splitlines()
+
+    def moved(step):
+        before, after = (weights_of(folder / f"checkpoints/step-{number:06d}") for number in (step, step + 1))
+        return any(before[name] != after[name] for name in before if "guard/" not in name)
+
+    assert [not moved(step) for step in range(1, 40)] == left_out[1:]
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.at),)
+
+
+def pickled(checkpoint, outside):
+    """Both in the place of the tensors, under a true manifest, and where torch's own format has its pickle."""
+    pickle.loads(pickle.dumps(Bomb(outside / "proof")))
+    assert (outside / "proof").is_dir(), "it does go off"
+    (outside / "proof").rmdir()
+    shard = next(checkpoint.glob("*00001-of-00002.safetensors"))
+    shard.write_bytes(pickle.dumps(Bomb(outside / "ran")))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Bomb(outside / "ran")))
+    listed(checkpoint, {shard.name: sha256_file(shard)})
+
+
+def listed(checkpoint, names):
+    manifest = checkpoint / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | names))
+
+
+def linked(path, outside):
+    target = outside / path.name
+    path.rename(target)
+    path.symlink_to(target)
+
+
+NO_FILE = "precious', which is no file of a checkpoint"
+STRANGE = {
+    "pickle": (pickled, "step-000050"),
+    "manifest leads out": (lambda c, o: listed(c, {f"../../../{o.name}/precious": "0" * 64}), NO_FILE),
+    "manifest has a root": (lambda c, o: listed(c, {str(o / "precious"): "0" * 64}), NO_FILE),
+    "linked log": (lambda c, o: linked(c.parents[1] / "metrics.jsonl", o), "metrics.jsonl: a symbolic link"),
+    "linked checkpoint": (linked, "step-000050: a symbolic link"),
+    "linked shard": (lambda c, o: linked(next(c.glob("*.safetensors")), o), ".safetensors: damaged"),
+}
+
+
+def everything(*folders):
+    """Every path with its bytes, or where it leads; the lock's file holds a number that changes."""
+    return {
+        path: path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.name != "lock"
+    }
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strangers_folder(copy, tmp_path, name):
+    """Refused in one line; nothing in it was run, and nothing in it or outside was changed."""
+    harm, words = STRANGE[name]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    harm(copy / "checkpoints/step-000050", outside)
+    before = everything(copy, outside)
+    assert refused(run("resume", copy), words)
+    assert everything(copy, outside) == before

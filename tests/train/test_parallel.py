@@ -213,6 +213,9 @@ def _judge_low_precision(case: Case, found: dict[str, Any]) -> None:
     # bf16 keeps eight bits: half a percent of a weight at most.
     assert found["losses"][1] == pytest.approx(found["losses"][0], rel=5e-3)
     assert found["norms"][1] == pytest.approx(found["norms"][0], rel=3e-2)
+    if case["tensor"] == 1:
+        assert found["reduced"][0] < 1e-6, found["reduced"]
+        assert found["reduced in bf16"][0] > 1e-3, "a sum in bf16 would not have been noticed"
 
 
 JUDGES = {

@@ -10,6 +10,7 @@ from saving import weights_of
 from stopping import Stop, StopAt, train
 
 from gptnorm.data import prepare
+from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.train import loop
 from gptnorm.train.loop import resume_run, start_run
@@ -117,3 +118,16 @@ def test_where_it_went_on_is_recorded_once(recipe, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "run/environment.json").read_text())
     assert found["torch"] != "9.9"
     assert [(part["step"], part["torch"]) for part in found["resumed"]] == [(1, "9.9")]
+
+
+def test_a_renamed_checkpoint_is_refused(recipe, tmp_path):
+    """Its state says another step than its name: the lines of the steps between would stand for nothing."""
+    train(recipe, tmp_path / "run", "checkpoint.every=3")
+    shards = prepare(load_recipe(str(recipe)).resolve([]).data)
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "step-000003").rename(checkpoints / "step-000005")
+    before = lines(tmp_path / "run")
+    with pytest.raises(UserError, match=r"step-000005: holds step 3\b") as error:
+        resume_run(tmp_path / "run", shards, step=5)
+    assert "\n" not in str(error.value)
+    assert lines(tmp_path / "run") == before

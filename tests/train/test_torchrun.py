@@ -11,23 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment, metrics, numbers, run, status, wait_for_step
-from saving import weights_of
+from processes import PATIENCE, environment, launch, metrics, numbers, run, start_many, status, told_once, wait_for_step
 
 SETTINGS = ("train.steps=20", "checkpoint.every=5", "train.eval_every=10", "model.n_layers=2", "model.dropout=0")
 TOLERANCE = 1e-5
 """Relative, of losses over 20 steps in fp32: sums come in another order, and AdamW's first steps amplify it."""
-
-
-def torchrun(processes: int, *arguments: object) -> list[str]:
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "gptnorm"]
-    return [sys.executable, *words, *map(str, arguments)]
-
-
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    where = environment(OMP_NUM_THREADS="1")
-    words = torchrun(processes, *arguments)
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=180, env=where)
+FIFTY_STEPS = 1e-4
+"""Nats, over 50 fp32 steps: what docs/parallel.md promises."""
+MUON_STEPS = 5e-4
+"""The same with Muon, which orthogonalises in bf16 and so makes a last place visible; the largest seen is 2.4e-4."""
 
 
 def close(a, b):
@@ -45,7 +37,6 @@ def single(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def double(recipe, tmp_path_factory):
-    """Two processes, killed as one while they train, then resumed."""
     folder = tmp_path_factory.mktemp("double") / "run"
     done = launch(2, "train", recipe, f"run.dir={folder}", *SETTINGS)
     assert done.returncode == 0, done.stderr
@@ -70,26 +61,55 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(request, tmp_path
     assert close(folder, single)
 
 
-@pytest.mark.slow
-def test_kill_9_and_resume_with_the_same_number_is_bit_identical(recipe, tmp_path):
-    settings = (*SETTINGS, "train.steps=200")
-    straight, folder = tmp_path / "straight", tmp_path / "run"
-    assert launch(2, "train", recipe, f"run.dir={straight}", *settings).returncode == 0
-    words = torchrun(2, "train", recipe, f"run.dir={folder}", *settings)
-    where = environment(OMP_NUM_THREADS="1")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=where)
-    wait_for_step(folder, 28, process)
-    # torchrun's processes have sessions of their own, and would live on.
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    for pid in (*map(int, workers.stdout.split()), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    assert status(folder)["status"] == "running"
-    assert metrics(folder)[-1]["step"] < 200
-    done = launch(2, "resume", folder)
+FIFTY = (*SETTINGS, "train.steps=50", "checkpoint.every=25", "model.vocab_size=258")
+"""A vocabulary that two processes can share."""
+
+
+@pytest.fixture(scope="module")
+def fifty(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fifty") / "run"
+    assert run("train", recipe, f"run.dir={folder}", *FIFTY).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def square(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("square") / "run"
+    done = launch(4, "train", recipe, f"run.dir={folder}", *FIFTY, "parallel.data=2", "parallel.tensor=2")
     assert done.returncode == 0, done.stderr
-    assert numbers(folder) == numbers(straight)
-    assert weights_of(folder / "checkpoints/step-000200") == weights_of(straight / "checkpoints/step-000200")
+    return folder
+
+
+def apart(a, b):
+    """The largest difference of two runs' losses, in nats."""
+    losses, others = ([(line["step"], line["split"], line["loss"]) for line in metrics(folder)] for folder in (a, b))
+    assert [line[:2] for line in losses] == [line[:2] for line in others]
+    return max(abs(one[2] - other[2]) for one, other in zip(losses, others, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("made_by", "data", "tensor"), [("square", 1, 1), ("square", 1, 2), ("fifty", 2, 2)])
+def test_a_checkpoint_goes_on_in_another_layout(request, tmp_path, fifty, made_by, data, tensor):
+    folder = tmp_path / "run"
+    shutil.copytree(request.getfixturevalue(made_by), folder)
+    shutil.rmtree(folder / "checkpoints/step-000050")
+    words = ("resume", folder, f"parallel.data={data}", f"parallel.tensor={tensor}")
+    done = run(*words) if data * tensor == 1 else launch(data * tensor, *words)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((folder / "checkpoints/step-000050/state.json").read_text())
+    assert state["processes"] == data * tensor
+    assert apart(folder, fifty) < FIFTY_STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.data=2", "parallel.tensor=2"])
+def test_muon_follows_one_process(recipe, tmp_path, layout):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = (*FIFTY, "optim.name=muon")
+    assert run("train", recipe, f"run.dir={one}", *settings).returncode == 0
+    done = launch(2, "train", recipe, f"run.dir={two}", *settings, layout)
+    assert done.returncode == 0, done.stderr
+    assert apart(one, two) < MUON_STEPS
 
 
 @pytest.mark.slow
@@ -97,17 +117,14 @@ def test_kill_9_and_resume_with_the_same_number_is_bit_identical(recipe, tmp_pat
 def test_asked_to_stop_all_write_a_checkpoint_first(recipe, double, tmp_path, number):
     """SIGTERM goes to torchrun alone, Ctrl-C to every process of the terminal, and from torchrun to its own again."""
     folder = tmp_path / "run"
-    words = torchrun(2, "train", recipe, f"run.dir={folder}", *SETTINGS, "checkpoint.every=0")
-    where = environment(OMP_NUM_THREADS="1")
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=where, text=True, start_new_session=True
-    )
+    settings = (*SETTINGS, "checkpoint.every=0")
+    process = start_many(2, "train", recipe, f"run.dir={folder}", *settings, start_new_session=True)
     wait_for_step(folder, 4, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert status(folder)["status"] == "interrupted"
     assert f"continue with: gptnorm resume {folder}" in out
     assert launch(2, "resume", folder).returncode == 0
@@ -116,9 +133,7 @@ def test_asked_to_stop_all_write_a_checkpoint_first(recipe, double, tmp_path, nu
 
 def test_bad_input_is_one_line_of_one_process(recipe, tmp_path):
     done = launch(2, "train", recipe, f"run.dir={tmp_path / 'run'}", "parallel.data=3")
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("gptnorm:")]
-    assert "parallel.data = 3" in line
+    assert "parallel.data = 3" in told_once(done)
     assert not (tmp_path / "run").exists()
     assert "parallel.tensor" in run("train", recipe, f"run.dir={tmp_path / 'run'}", "parallel.tensor=2").stderr
 
@@ -154,9 +169,9 @@ def test_launch_files_start_a_run_and_go_on_with_it(recipe, double, tmp_path):
         wait_for_step(folder, 6, process)
         # torchrun is the script itself (exec), or its child.
         subprocess.run(["pkill", "-TERM", "-f", f"nproc-per-node=2.*{folder}"], check=True)
-        process.communicate(timeout=90)
+        process.communicate(timeout=PATIENCE)
         assert status(folder)["reason"] == "SIGTERM"
-        done = subprocess.run(words, capture_output=True, text=True, env=where, check=False, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, env=where, check=False, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         assert numbers(folder) == numbers(double)
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
