@@ -51,6 +51,11 @@ def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
     return {key: value for part in found for key, value in part.items()}
 
 
+def is_loss_of_another(error: BaseException) -> bool:
+    """Whether the error is what a process sees of another one that has died: gloo's has no type of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def on_first(action: Callable[[], T], group: Group | None) -> T:
     """The first process acts, and all get what came of it: the value, or a SharedError."""
     if group is None:

@@ -79,7 +79,11 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, CheckpointException):
-            raise _system_error(error) from None
+            reason = _system_error(error)
+            if group is None:
+                raise reason from None
+            # All processes learn of it, whichever it happened to.
+            raise SharedError(f"{folder}: cannot be written ({reason.strerror or reason})") from None
         raise
     return final
 

@@ -23,7 +23,7 @@ from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
 from gptnorm.recipe import adjusted
-from gptnorm.train.agree import cpu_group, largest, on_first
+from gptnorm.train.agree import cpu_group, is_loss_of_another, largest, on_first
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
 from gptnorm.train.inputs import check_ids, check_vocab, open_batches, within_memory
@@ -229,12 +229,14 @@ class _Trainer:
                 folder.set_status("interrupted", self.step, skipped=self.guard.skipped)
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise _unwritable(folder, error) from None
+            if self.group is not None and is_loss_of_another(error):
+                raise UserError(f"{folder.path}: another process of the run has gone; it can be resumed") from None
             raise
         finally:
             self.watcher.stop()
-            # What these could still say has been said: a full disk fails each of them again.
+            # What these could still say has been said: a full disk, or a lost process, fails each of them again.
             for close in (*((board.close,) if board else ()), saver.close, folder.close):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, UserError, *((RuntimeError,) if self.group is not None else ())):
                     close()
 
     def _train(self, folder: RunFolder, board: TensorBoard, saver: Saver, started: float) -> tuple[Status, str | None]:

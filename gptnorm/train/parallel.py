@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from gptnorm.config import Config, ParallelConfig
-from gptnorm.errors import bad_value
+from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.model import GPT
 from gptnorm.model.backbones import make_shape
 from gptnorm.sharding import cut_over, here, sum_over
@@ -61,12 +61,14 @@ def open_world(config: Config) -> World:
     Every process calls it once, and `close_world` at the end; a process group that exists already is used.
 
     Raises:
-        UserError: the layout does not fit the processes, the batch or the model. The same on every process, and
-            nothing has been opened yet.
+        SharedError: the layout does not fit the processes, the batch or the model. Nothing has been opened yet.
     """
     launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     rank, size = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
-    _check_layout(config, size, launched)
+    try:
+        _check_layout(config, size, launched)
+    except UserError as error:
+        raise SharedError(str(error)) from None
     if not launched:
         return World(device=resolve_device(config.train.device))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
