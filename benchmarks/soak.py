@@ -39,8 +39,8 @@ SETTINGS = (
     "train.batch_size=4", "train.accumulate=2", "train.seq_len=32", "train.eval_every=70", "train.eval_batches=2",
     "checkpoint.every=5", "checkpoint.best=true", "guard.sigmas=6", "watch.every=50",
 )  # fmt: skip
-LONGEST = 6.0
-"""Seconds that a process lives at most, its start included."""
+LONGEST = 3.0
+"""Seconds that a process is left alone at most: from its start, or from its first step."""
 STOPPED = {0: "ended", 143: "stopped"}
 
 
@@ -71,11 +71,15 @@ def children(pid: int) -> list[int]:
 
 
 def disturb(folder: Path, arguments: list[str], dice: random.Random, processes: int) -> str:
-    """Starts the command and ends it at a random moment; how it ended."""
+    """Starts the command and ends it at a random moment, one time in four counted from its start; how it ended."""
+    began, log = time.time(), folder / "metrics.jsonl"
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     gently = processes == 1 and dice.random() < 0.1
+    trains = dice.random() < 0.75
+    while trains and process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
+        time.sleep(0.01)
     try:
-        _, err = process.communicate(timeout=dice.uniform(0.2, LONGEST))
+        _, err = process.communicate(timeout=dice.uniform(0, LONGEST))
     except subprocess.TimeoutExpired:
         # torchrun's processes have sessions of their own, and would live on.
         for pid in (*children(process.pid), process.pid):
@@ -117,11 +121,14 @@ def main() -> None:
         if not resumable:
             shutil.rmtree(cut, ignore_errors=True)
         words = ("resume", str(cut)) if resumable else ("train", RECIPE, f"run.dir={cut}", *settings)
+        began_now = time.time()
         end = disturb(cut, launch(options.processes, *words), dice, options.processes)
         ends[end] += 1
         if end == "killed":
             partial = list((cut / "checkpoints").glob(".step-*")) if cut.exists() else []
-            where["while writing or removing a checkpoint" if partial else "elsewhere"] += 1
+            trained = (cut / "metrics.jsonl").exists() and (cut / "metrics.jsonl").stat().st_mtime > began_now
+            training = "while it trained" if trained else "while it started"
+            where["while writing or removing a checkpoint" if partial else training] += 1
         for checkpoint in checkpoints_in(cut / "checkpoints"):
             try:
                 verify_checkpoint(checkpoint)
