@@ -28,4 +28,20 @@ def environment_pairs(environment: dict[str, Any]) -> list[tuple[str, str]]:
         "started": "Started",
     }
     known = [(name, value_text(environment[key])) for key, name in names.items() if key in environment]
-    return known + [(key, value_text(value)) for key, value in environment.items() if key not in names]
+    more = [(key, value_text(value)) for key, value in environment.items() if key not in (*names, "resumed")]
+    return known + more + _resumed_pairs(environment, names)
+
+
+def _resumed_pairs(environment: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str]]:
+    """Where a run went on, each with what was other than before."""
+    pairs, before = [], environment
+    parts = environment.get("resumed")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict):
+            other = {key: value for key, value in part.items() if key != "step" and before.get(key) != value}
+            if isinstance(other.get("settings"), list):
+                other["settings"] = " ".join(map(str, other["settings"]))
+            words = "; ".join(f"{names.get(key, key)}: {value_text(value)}" for key, value in other.items())
+            pairs.append((f"Resumed at step {value_text(part.get('step'))}", words))
+            before = {**before, **part}
+    return pairs

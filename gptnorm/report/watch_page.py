@@ -122,7 +122,7 @@ def _heads(reading: dict[str, Any]) -> list[Markup]:
         rows.append([page.head_cell(str(layer + 1)), *map(page.data_cell, cells)])
     columns = ["block", *(f"head {head + 1}" for head in range(max(map(len, bounds))))]
     table = page.table("Attention logits by head: bound / largest", columns, rows, class_="numbers")
-    return [page.details(f"Every head at step {count_text(reading['step'])}", [table])]
+    return [page.details(f"Every head at step {count_text(reading['step'])}: bound and largest logit", [table])]
 
 
 def _spread(count: int) -> list[int]:

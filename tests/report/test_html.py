@@ -190,6 +190,21 @@ def test_killed_run(tmp_path: Path) -> None:
     assert "still going, or it was killed" in text
 
 
+def test_where_a_run_went_on(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", final=3.0)
+    known = json.loads((folder / "environment.json").read_text())
+    parts = [
+        {"step": 40, **known, "started": "later", "device": "another"},
+        {"step": 50, **known, "started": "last", "device": "another", "settings": ["train.accumulate=2"]},
+    ]
+    (folder / "environment.json").write_text(json.dumps({**known, "resumed": parts}))
+    text = Page(report.write_run_report(folder)).text
+    assert re.search(
+        r"Resumed at step 40(Started: later; Device: another|Device: another; Started: later)Resumed", text
+    )
+    assert "Resumed at step 50Started: last; settings: train.accumulate=2Made by" in text
+
+
 def test_bare_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "unknown" in Page(report.write_run_report(tmp_path)).text
