@@ -62,8 +62,8 @@ def test_workers_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> 
         workers = children(process.pid)
         assert len(workers) == 2
         process.send_signal(sign)
-        _, err = process.communicate(timeout=20)
-        assert wait_for(lambda: not any(map(alive, workers)), 10), "workers went on without their parent"
+        _, err = process.communicate(timeout=120)
+        assert wait_for(lambda: not any(map(alive, workers)), 60), "workers went on without their parent"
     finally:
         process.kill()
     if sign == signal.SIGINT:
