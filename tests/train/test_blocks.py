@@ -126,10 +126,13 @@ def test_compiled_experts_under_autocast(strategy: str, backend: str, monkeypatc
             monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(0) or real(*a, **k))
             compiled = gradients(model)
     assert calls
-    for name, value in exact.items():
-        scale = value.abs().max()
-        rounding = (eager[name] - value).abs().max()
-        assert (compiled[name] - value).abs().max() <= 2 * rounding + 1e-3 * scale, name
+
+    def worst(found: dict[str, Tensor]) -> float:
+        """The largest error of any gradient, relative to its largest entry; one scalar's may be small by luck."""
+        return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in exact.items())
+
+    assert 0 < worst(eager) < 0.1
+    assert worst(compiled) <= 2 * worst(eager)
 
 
 def test_what_hooks_look_for_is_found_in_compiled_blocks() -> None:
