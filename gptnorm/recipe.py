@@ -149,11 +149,12 @@ def adjusted(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: another key, or a wrong value.
     """
+    over = parse_overrides(overrides)
     for argument in overrides:
         if not argument.startswith(HOW):
             keys = ", ".join(key + "*" if key.endswith(".") else key for key in HOW)
             raise UserError(f"{argument}: a run goes on with the settings it began with, but for {keys}")
-    tree, over = to_tree(config), parse_overrides(overrides)
+    tree = to_tree(config)
     if "tensor" in over.get("parallel", {}):
         tree["parallel"]["data"] = None
     merge(tree, over)
