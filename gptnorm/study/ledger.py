@@ -109,6 +109,8 @@ class Ledger:
     def _read(self) -> None:
         if (self.folder / "study.json").is_file():
             self.earlier = read_object(self.folder / "study.json")
+            if not _is_whole(self.earlier):
+                raise bad_value("--dir", str(self.folder), "its study.json lacks what is needed to go on; name another")
             _end_the_last_line(self.folder / "cells.jsonl")
             lines = read_lines(self.folder / "cells.jsonl")
             self.done = {line["run"]: line for line in lines if isinstance(line.get("run"), str)}
@@ -189,6 +191,18 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     a, b = (part.get("ladder", {}).get("settings", {}) for part in (earlier, facts))
     for label in a.keys() & b.keys():
         yield label, a[label], b[label]
+
+
+def _is_whole(facts: Facts) -> bool:
+    """Whether what `begin` compares and joins is there."""
+    settings, data, ladder = (facts.get(key, {}) for key in ("settings", "data", "ladder"))
+    return (
+        all(isinstance(facts.get(key), list) for key in UNIONS)
+        and {"title", "recipe", "seconds"} <= facts.keys()
+        and all(isinstance(table, dict) for table in (settings, data, ladder))
+        and all(isinstance(settings.get(key), dict) for key in ("shared", "differing", "recipe"))
+        and "fingerprint" in data
+    )
 
 
 def _union(before: list[Any], now: list[Any]) -> list[Any]:

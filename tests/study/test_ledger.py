@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,28 @@ def test_a_folder_with_something_else(study, tmp_path):
     with pytest.raises(UserError, match="holds something else than a study"):
         ask(study, folder)
     assert everything(folder) == {Path("mine"): b"kept"}
+
+
+@pytest.mark.parametrize("lost", ["settings", "commands", "seeds", "data", "title"])
+def test_a_study_that_lacks_something_is_not_continued(study, tmp_path, lost):
+    folder = ask(study, tmp_path / "out")
+    facts = json.loads((folder / "study.json").read_text())
+    del facts[lost]
+    (folder / "study.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="lacks what is needed to go on"):
+        ask(study, folder, "study.seeds=[4]")
+
+
+def test_the_shipped_ladders_can_grow(tmp_path, monkeypatch):
+    """What docs/results holds of them goes with the recipes of today: seeds can be added."""
+    for axis in ("depth", "width"):
+        folder = tmp_path / axis
+        shutil.copytree(Path(__file__).parents[2] / "docs" / "results" / axis, folder)
+        asked = []
+        monkeypatch.setattr(grid, "run_cells", lambda cells, *rest, asked=asked: asked.extend(cells) or iter(()))
+        run_study(f"study/{axis}", ("study.seeds=[1]",), folder, Console(quiet=True), ladder=axis)
+        assert len(asked) == len(lines(folder))
+        assert {cell.seed for cell in asked} == {1}
 
 
 @pytest.mark.parametrize("tail", ['{"run": "cells/prenorm/lr-0.0', "\0\0", '{"run": 3}'])
