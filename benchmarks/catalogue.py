@@ -31,7 +31,8 @@ from gptnorm.report import is_ladder, load_ladder, load_study, markdown_ladder, 
 from gptnorm.strategies import STRATEGIES
 from gptnorm.strategies.catalogue import published
 from gptnorm.strategies.measured import Measured
-from gptnorm.study.grid import run_study
+from gptnorm.study.grid import Grid
+from gptnorm.study.run import run_study
 
 RECIPE = "study/catalogue"
 BASELINE = "prenorm"
@@ -70,12 +71,12 @@ def run(name: str, strategies: list[str], lr: float, seeds: tuple[int, ...], roo
         return
     quoted = ", ".join(f'"{s}"' for s in strategies)
     settings = (f"study.strategies=[{quoted}]", f"study.lrs=[{lr!r}]", f"study.seeds={list(seeds)}")
-    run_study(RECIPE, settings, folder, console)
+    run_study(Grid(), RECIPE, settings, folder, console)
 
 
 def measure(root: Path, console: Console) -> None:
     if not (root / "catalogue-screen" / "study.json").is_file():
-        run_study(RECIPE, (), root / "catalogue-screen", console)
+        run_study(Grid(), RECIPE, (), root / "catalogue-screen", console)
     for _ in range(2):
         wider: dict[float, list[str]] = defaultdict(list)
         for strategy, losses in screen_losses(root).items():

@@ -18,7 +18,8 @@ from gptnorm.files import write_atomic
 from gptnorm.report import load_study, markdown_table
 from gptnorm.report.gaps import Gap
 from gptnorm.report.results import Cell, sample_sd
-from gptnorm.study.grid import run_study
+from gptnorm.study.grid import Grid
+from gptnorm.study.run import run_study
 
 SEEDS = (1, 2, 3, 4, 5)
 """Those reported, none of them the one that the rate was picked on."""
@@ -141,7 +142,9 @@ class Comparison:
 
     def _run(self, folder: Path, row: Row, grid: tuple[str, ...], console: Console) -> None:
         if not (folder / "study.json").is_file():
-            run_study(self.recipe, (f'study.strategies=["{row.strategy}"]', *grid, *row.settings), folder, console)
+            run_study(
+                Grid(), self.recipe, (f'study.strategies=["{row.strategy}"]', *grid, *row.settings), folder, console
+            )
 
 
 def main(comparison: Comparison, page: Callable[[Path], str], name: str, description: str | None) -> None:

@@ -223,10 +223,12 @@ def quickstart(settings: tuple[str, ...]) -> None:
     """Compare three strategies over learning rates, in minutes on a laptop."""
     from gptnorm.report import load_study, rich_table
     from gptnorm.report.html import write_study_report
-    from gptnorm.study.grid import run_study
+    from gptnorm.study.grid import Grid
     from gptnorm.study.ledger import OtherStudy
+    from gptnorm.study.run import run_study
 
-    folder, ask = Path("runs/quickstart"), partial(run_study, "quickstart", settings, console=console, command=())
+    folder = Path("runs/quickstart")
+    ask = partial(run_study, Grid(), "quickstart", settings, console=console, command=())
     try:
         ask(folder)
     except OtherStudy:
@@ -259,9 +261,10 @@ def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: boo
     """
     from gptnorm.report import load_study, rich_table
     from gptnorm.report.html import write_study_report
-    from gptnorm.study.grid import run_study
+    from gptnorm.study.grid import Grid
+    from gptnorm.study.run import run_study
 
-    folder = run_study(recipe, settings, folder or Path("runs/study-grid"), console, fresh=fresh)
+    folder = run_study(Grid(), recipe, settings, folder or Path("runs/study-grid"), console, fresh=fresh)
     report = write_study_report(folder)
     console.print(rich_table(load_study(folder)))
     say(f"report: {report}")
@@ -293,15 +296,50 @@ def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bo
     climb("depth", recipe, settings, folder, fresh)
 
 
+@study.command()
+@RECIPE
+@SETTINGS
+@click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's.")
+@click.option("--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,….")
+@click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
+@STUDY_DIR
+@FRESH
+def tolerance(
+    recipe: str,
+    settings: tuple[str, ...],
+    strategies: str | None,
+    lrs: str | None,
+    seeds: int | None,
+    folder: Path | None,
+    fresh: bool,
+) -> None:
+    """How far each strategy's learning rate can be pushed, such as 'study/tolerance'.
+
+    RECIPE has a [study] table. Rates are added where they matter: around each strategy's best, and at the edge where
+    training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
+    beside the rate, and where strategies are compared; see docs/tolerance.md.
+    """
+    from gptnorm.report.html import write_study_report
+    from gptnorm.study.asked import as_settings
+    from gptnorm.study.run import run_study
+    from gptnorm.study.tolerance import Tolerance
+
+    asked = as_settings(settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    folder = run_study(Tolerance(), recipe, asked, folder or Path("runs/study-tolerance"), console, fresh=fresh)
+    report = write_study_report(folder)
+    say(f"report: {report}")
+
+
 def climb(
     axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool
 ) -> None:
     """Runs a ladder, prints its tables and writes its report."""
     from gptnorm.report import load_ladder, rich_ladder
     from gptnorm.report.html import write_study_report
-    from gptnorm.study.grid import run_study
+    from gptnorm.study.grid import Grid
+    from gptnorm.study.run import run_study
 
-    folder = run_study(recipe, settings, folder or Path("runs") / f"study-{axis}", console, ladder=axis, fresh=fresh)
+    folder = run_study(Grid(axis), recipe, settings, folder or Path("runs") / f"study-{axis}", console, fresh=fresh)
     report = write_study_report(folder)
     console.print(rich_ladder(load_ladder(folder)))
     say(f"report: {report}")

@@ -40,7 +40,7 @@ def test_commands_exist(page: Path) -> None:
     from gptnorm.cli import app
     from gptnorm.recipe import load_recipe
     from gptnorm.strategies import STRATEGIES
-    from gptnorm.study.grid import make_cells, read_study
+    from gptnorm.study.grid import Grid, make_cells
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in "\n".join(blocks(page, "bash")).splitlines():
@@ -59,7 +59,7 @@ def test_commands_exist(page: Path) -> None:
                 settings = tuple(word for word in shlex.split(line, comments=True)[4:] if "=" in word)
                 ladder = {"grid": None, "depth": "depth", "width": "width"}[words[2]]
                 recipe = load_recipe(words[3])
-                make_cells(recipe, read_study(recipe, settings, ladder), settings)
+                make_cells(recipe, Grid(ladder).read(recipe, settings), settings)
 
 
 def test_tables_are_those_of_their_ledgers() -> None:

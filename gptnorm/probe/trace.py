@@ -88,13 +88,9 @@ def traced(model: GPT, *, slots: bool = False, states: bool = False) -> Iterator
         states: whether the streams are kept with their graph.
     """
     trace = Trace([BlockTrace() for _ in model.blocks])
-    training = model.training
     with contextlib.ExitStack() as stack:
-        stack.callback(model.train, training)
-        # Compiled blocks would not ask for the hooks.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        model.eval()
-        for block, seen in zip(_blocks(model), trace.blocks, strict=True):
+        stack.enter_context(watchable(model))
+        for block, seen in zip(blocks_of(model), trace.blocks, strict=True):
             _hook_block(stack, block, seen, trace, states)
             _hook_branches(stack, block, seen)
             if slots:
@@ -105,7 +101,20 @@ def traced(model: GPT, *, slots: bool = False, states: bool = False) -> Iterator
         yield trace
 
 
-def _blocks(model: GPT) -> list[Block]:
+@contextlib.contextmanager
+def watchable(model: GPT) -> Iterator[None]:
+    """Eval mode, in which what only training counts is left alone; eager, since compiled blocks would ask no hooks."""
+    training = model.training
+    with torch.compiler.set_stance("force_eager"):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
+def blocks_of(model: GPT) -> list[Block]:
+    """The model's blocks, typed."""
     return [block for block in model.blocks if isinstance(block, Block)]
 
 
@@ -134,8 +143,8 @@ def _hook_branches(stack: contextlib.ExitStack, block: Block, seen: BlockTrace) 
         seen.measured[f"{name}_square"] = mean_square(y) * factor**2
         seen.measured[f"{name}_norm"] = mean_norm(y) * abs(factor)
 
-    _on_output(stack, block.attn, partial(put, "attn", block.scale.attn))
-    _on_output(stack, block.ffn, partial(put, "ffn", block.scale.ffn))
+    on_output(stack, block.attn, partial(put, "attn", block.scale.attn))
+    on_output(stack, block.ffn, partial(put, "ffn", block.scale.ffn))
 
     attn = block.attn
     attend = attn._attend
@@ -160,11 +169,11 @@ def _hook_projections(stack: contextlib.ExitStack, block: Block, seen: BlockTrac
             continue
         raw, used = seen.raw[owner.role], seen.used[owner.role]
         if len(owner.after):
-            _on_input(stack, owner.after[0], raw.add)
-            _on_output(stack, owner.after[-1], used.add)
+            on_input(stack, owner.after[0], raw.add)
+            on_output(stack, owner.after[-1], used.add)
         else:
-            _on_output(stack, owner, raw.add)
-            _on_output(stack, owner, used.add)
+            on_output(stack, owner, raw.add)
+            on_output(stack, owner, used.add)
 
 
 def _hook_norms(stack: contextlib.ExitStack, own: nn.Module, squares: dict[str, Tensor]) -> None:
@@ -174,17 +183,21 @@ def _hook_norms(stack: contextlib.ExitStack, own: nn.Module, squares: dict[str, 
 
     for name, norm in own.named_children():
         if isinstance(norm, NormModule | DynamicTanhModule):
-            _on_input(stack, norm, partial(put, name))
+            on_input(stack, norm, partial(put, name))
 
 
-def _on_input(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+def on_input(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+    """Shows what the module reads, until the stack is left."""
+
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         see(inputs[0])
 
     stack.callback(module.register_forward_pre_hook(hook).remove)
 
 
-def _on_output(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+def on_output(stack: contextlib.ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+    """Shows what the module returns, until the stack is left."""
+
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         # A mixture of experts also returns what its router did; a router's outputs are its logits.
         see(output.logits_NE if isinstance(output, Choice) else output if isinstance(output, Tensor) else output[0])

@@ -19,7 +19,8 @@ VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
 """What differs from run to run in every study."""
 
 if TYPE_CHECKING:
-    from gptnorm.study.grid import Cell, StudyConfig
+    from gptnorm.study.cell import Cell
+    from gptnorm.study.run import Plan
 
 
 def unigram_entropy(train: np.ndarray, val: np.ndarray, vocab: int) -> float:
@@ -43,28 +44,31 @@ def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
 
 
 def split_settings(cells: list[Cell]) -> dict[str, Any]:
-    """The settings that all strategies share, and those that differ, with each strategy's value."""
+    """The settings that all strategies share, and those that differ, with each strategy's value: of its first cell.
+
+    What differs from cell to cell of a strategy is left out.
+    """
     by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
         settings = flatten(to_tree(cell.config))
-        for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ())):
-            settings.pop(varied)
+        placed = [key for key, _ in (*cell.setup.place, *cell.setup.follows)]
+        for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ()), *placed):
+            settings.pop(varied, None)
         by_strategy.setdefault(cell.strategy, settings)
     return split(by_strategy)
 
 
 def describe_study(
     recipe: Recipe,
-    study: StudyConfig,
-    cells: list[Cell],
+    plan: Plan,
     shards: Shards,
     overrides: Sequence[str],
     command: str,
     environment: dict[str, Any],
 ) -> Facts:
     """What `study.json` holds before the first cell has ended."""
-    data = cells[0].config.data
-    vocab = shards.vocab_size or check_vocab(cells[0].config, shards)
+    study, config = plan.study, plan.samples[0].config
+    data, vocab = config.data, shards.vocab_size or check_vocab(config, shards)
     entropy = unigram_entropy(shards.train, shards.val, vocab)
     return {
         "title": study.title,
@@ -73,7 +77,7 @@ def describe_study(
         "strategies": list(study.strategies),
         "lrs": sorted(study.lrs),
         "seeds": list(study.seeds),
-        **({"ladder": _describe_ladder(study, cells)} if study.axis else {}),
+        **plan.describe(),
         "data": {
             "path": data.path if isinstance(data.path, str) else list(data.path),
             "tokenizer": data.tokenizer,
@@ -81,7 +85,7 @@ def describe_study(
             "train_tokens": len(shards.train),
             "val_tokens": len(shards.val),
         },
-        "settings": {**split_settings(cells), "recipe": _said(recipe, overrides)},
+        "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
         "environments": [{key: value for key, value in environment.items() if key != "started"}],
         "unigram_entropy": entropy if math.isfinite(entropy) else None,
         "seconds": None,
@@ -91,14 +95,3 @@ def describe_study(
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
     return {key: value for key, value in said.items() if key not in VARIED}
-
-
-def _describe_ladder(study: StudyConfig, cells: list[Cell]) -> dict[str, Any]:
-    assert study.axis is not None
-    rungs = [cell.rung for cell in cells if cell.rung is not None]
-    return {
-        "axis": study.axis,
-        "sizes": sorted(study.sizes(study.axis)),
-        "rules": list(dict.fromkeys(rung.rule for rung in rungs if rung.rule)),
-        "settings": {rung.label: dict(rung.settings) for rung in rungs},
-    }

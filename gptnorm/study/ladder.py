@@ -62,23 +62,33 @@ def width_rungs(widths: tuple[int, ...], rules: tuple[WidthRuleName, ...], confi
         UserError: a width that the heads, or what follows in proportion, do not fit.
     """
     return [
-        Rung(axis="width", size=width, rule=rule, settings={**_sizes(config.model, width), "optim.width_rule": rule})
+        Rung(
+            axis="width",
+            size=width,
+            rule=rule,
+            settings={**sizes_at(width, config.model, "study.widths"), "optim.width_rule": rule},
+        )
         for width in sorted(widths)
         for rule in rules or (config.optim.width_rule,)
     ]
 
 
-def _sizes(model: ModelConfig, width: int) -> dict[str, int]:
+def sizes_at(width: int, model: ModelConfig, key: str) -> dict[str, int]:
+    """The model's shape at another width, its heads as wide as before; `key` names the width in errors.
+
+    Raises:
+        UserError: the heads, or what follows in proportion, do not fit.
+    """
     head = model.d_model // model.n_heads
     if width % head:
         allowed = f"must be a multiple of the head width {head} (model.d_model / model.n_heads), which stays"
-        raise bad_value("study.widths", width, allowed)
+        raise bad_value(key, width, allowed)
     sizes = {"model.d_model": width, "model.n_heads": width // head}
     for name, value in (("n_kv_heads", model.n_kv_heads), ("d_ff", model.d_ff)):
         if value is None:
             continue
         if value * width % model.d_model:
             allowed = f"does not go with model.{name} = {value} at model.d_model = {model.d_model}, kept in proportion"
-            raise bad_value("study.widths", width, allowed)
+            raise bad_value(key, width, allowed)
         sizes[f"model.{name}"] = value * width // model.d_model
     return sizes

@@ -151,6 +151,13 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             "rules": _union(before["rules"], now["rules"]),
             "settings": {**before["settings"], **now["settings"]},
         }
+    if "tolerance" in facts:
+        before, now = earlier["tolerance"], facts["tolerance"]
+        found["tolerance"] = {
+            **now,
+            "tune": _union_of_axes(before["tune"], now["tune"]),
+            "map": _union_of_axes(before["map"], now["map"]),
+        }
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
     found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
     return found
@@ -180,6 +187,9 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     """What must be equal: key, value before, value now."""
     yield "recipe", earlier["recipe"], facts["recipe"]
     yield "ladder", earlier.get("ladder", {}).get("axis"), facts.get("ladder", {}).get("axis")
+    a, b = (part.get("tolerance", {}) for part in (earlier, facts))
+    yield "study.pick", a.get("pick"), b.get("pick")
+    yield "settings in study.map", sorted(a.get("map", {})), sorted(b.get("map", {}))
     before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
     pairs = [(before[name], now[name]) for name in now if name in before]
     for a, b in [*pairs, (earlier["settings"]["recipe"], facts["settings"]["recipe"])]:
@@ -195,14 +205,19 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
 
 def _is_whole(facts: Facts) -> bool:
     """Whether what `begin` compares and joins is there."""
-    settings, data, ladder = (facts.get(key, {}) for key in ("settings", "data", "ladder"))
+    settings, data, ladder, tolerance = (facts.get(key, {}) for key in ("settings", "data", "ladder", "tolerance"))
     return (
         all(isinstance(facts.get(key), list) for key in UNIONS)
         and {"title", "recipe", "seconds"} <= facts.keys()
-        and all(isinstance(table, dict) for table in (settings, data, ladder))
+        and all(isinstance(table, dict) for table in (settings, data, ladder, tolerance))
+        and all(isinstance(tolerance.get(key, {}), dict) for key in ("tune", "map"))
         and all(isinstance(settings.get(key), dict) for key in ("shared", "differing", "recipe"))
         and "fingerprint" in data
     )
+
+
+def _union_of_axes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: _union(before.get(key, []), now.get(key, [])) for key in dict.fromkeys([*before, *now])}
 
 
 def _union(before: list[Any], now: list[Any]) -> list[Any]:

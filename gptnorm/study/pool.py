@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -25,8 +25,7 @@ from gptnorm.study.outcome import Training, summarize
 
 if TYPE_CHECKING:
     from gptnorm.config import Config
-    from gptnorm.study.grid import Cell
-    from gptnorm.study.signal import Signal
+    from gptnorm.study.cell import Cell, Measured
     from gptnorm.train.loop import Result
 
 
@@ -36,8 +35,10 @@ class Outcome:
 
     result: Result
     training: Training
-    signal: dict[str, Signal | None] | None
-    """In a ladder: signal propagation at initialisation and at the end."""
+    measured: dict[str, Any]
+    """What else the ledger says of the run, see `gptnorm.study.aftermath`."""
+    memory: int | None
+    """Most bytes of a GPU's memory that tensors took at once; None on a CPU."""
 
 
 REPORT_EVERY = 0.3
@@ -68,32 +69,49 @@ class _Reporter:
 
 
 def run_cells(
-    cells: list[Cell], shards: Path, folder: Path, workers: int, console: Console
+    wanted: Callable[[], list[Cell]], shards: Path, folder: Path, workers: int, console: Console
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Runs the cells in `workers` processes and yields each with its outcome as it ends.
+    """Runs cells in `workers` processes and yields each with its outcome as it ends.
 
     A failing cell ends the study with its exception; cells that have ended are kept.
+
+    Args:
+        wanted: the cells that are missing; asked at the start, and again whenever one has ended and was dealt with.
     """
     # Fresh interpreters: forking after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with (
-        _Display(cells, console) as display,
+        _Display(console) as display,
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,)) as pool,
     ):
-        futures = {
-            pool.submit(_run_cell, cell.config, shards, folder / cell.folder, cell.folder, cell.rung is not None): cell
-            for cell in cells
-        }
-        waiting: set[Future[Outcome]] = set(futures)
+        futures: dict[Future[Outcome], Cell] = {}
+        waiting: set[Future[Outcome]] = set()
+        asked: set[str] = set()
+
+        def submit() -> None:
+            new = [cell for cell in wanted() if cell.folder not in asked]
+            asked.update(cell.folder for cell in new)
+            display.add(new)
+            for cell in new:
+                arguments = (cell.config, shards, folder / cell.folder, cell.folder, cell.measured)
+                future = pool.submit(_run_cell, *arguments)
+                futures[future] = cell
+                waiting.add(future)
+
         try:
+            submit()
             while waiting:
-                done, waiting = wait(waiting, timeout=REPORT_EVERY, return_when=FIRST_COMPLETED)
+                done, _ = wait(waiting, timeout=REPORT_EVERY, return_when=FIRST_COMPLETED)
                 display.running(_drain(queue))
                 for future in done:
                     outcome = future.result()
-                    display.finished(futures[future], outcome.result)
-                    yield futures[future], outcome
+                    waiting.remove(future)
+                    cell = futures.pop(future)
+                    display.finished(cell, outcome.result)
+                    yield cell, outcome
+                if done:
+                    submit()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -119,20 +137,26 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_cell(config: Config, shards: Path, folder: Path, name: str, signal: bool) -> Outcome:
+def _run_cell(config: Config, shards: Path, folder: Path, name: str, measured: Measured | None) -> Outcome:
+    import torch
+
     from gptnorm.data import Shards
-    from gptnorm.study.signal import run_with_signal
-    from gptnorm.train.loop import start_run
+    from gptnorm.study.aftermath import run_and_measure
+    from gptnorm.train.inputs import resolve_device
 
     # What a kill left of this run; it has not ended, or the ledger would have it.
     shutil.rmtree(folder, ignore_errors=True)
-    text, reporter, found = Shards.open(shards), _Reporter(name), None
-    if signal:
-        result, found = run_with_signal(config, text, folder, reporter)
-    else:
-        result = start_run(config, text, folder, reporter)
+    device = resolve_device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    result, found = run_and_measure(config, Shards.open(shards), folder, _Reporter(name), measured)
     losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line.get("split") == "train"]
-    return Outcome(result=result, training=summarize(losses, whole=result.status == "finished"), signal=found)
+    return Outcome(
+        result=result,
+        training=summarize(losses, whole=result.status == "finished"),
+        measured=found,
+        memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
 
 
 def _drain(queue: Any) -> dict[str, tuple[int, float]]:
@@ -149,14 +173,12 @@ def _drain(queue: Any) -> dict[str, tuple[int, float]]:
 class _Display:
     """A bar on a terminal, a line per ended cell elsewhere."""
 
-    def __init__(self, cells: list[Cell], console: Console) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._steps = {cell.folder: cell.config.train.steps for cell in cells}
-        # A step costs about as much more as the model is deeper or wider: good enough for the time left.
-        self._weights = {cell.folder: cell.rung.size if cell.rung else 1 for cell in cells}
-        self._short = {
-            cell.folder: cell.rung.label if cell.rung else cell.folder.removeprefix("cells/") for cell in cells
-        }
+        self._steps: dict[str, int] = {}
+        self._costs: dict[str, float] = {}
+        """Of one step."""
+        self._short: dict[str, str] = {}
         self._reached: dict[str, int] = {}
         self._now: dict[str, str] = {}
         self._ended = 0
@@ -172,12 +194,22 @@ class _Display:
 
     def __enter__(self) -> _Display:
         if self._console.is_terminal:
-            self._task = self._progress.add_task("", total=self._weigh(self._steps), cells=self._count(), now="")
+            self._task = self._progress.add_task("", total=None, cells=self._count(), now="")
             self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+    def add(self, cells: list[Cell]) -> None:
+        """More to come."""
+        for cell in cells:
+            name, steps = cell.folder, cell.config.train.steps
+            self._steps[name] = steps
+            self._costs[name] = cell.cost / steps
+            self._short[name] = cell.label if cell.rung else name.removeprefix("cells/")
+        if self._console.is_terminal:
+            self._progress.update(self._task, total=self._weigh(self._steps), cells=self._count())
 
     def running(self, latest: dict[str, tuple[int, float]]) -> None:
         """Moves the bar to what the workers last said."""
@@ -193,13 +225,13 @@ class _Display:
         self._now.pop(cell.folder, None)
         self._reached[cell.folder] = self._steps[cell.folder]
         ended = f"{result.val_loss:.4f}" if result.val_loss is not None else f"diverged at step {result.step}"
-        rung = f"  {cell.rung.label}" if cell.rung else ""
-        where = f"{cell.strategy}{rung}  lr {cell.lr:g}  seed {cell.seed}"
+        label = f"  {cell.label}" if cell.label else ""
+        where = f"{cell.strategy}{label}  lr {cell.lr:g}  seed {cell.seed}"
         line = f"{self._count()}  {where}  {ended}  ({result.seconds:.0f} s)"
         self._progress.console.print(line, highlight=False, soft_wrap=True)
 
-    def _weigh(self, steps: dict[str, int]) -> int:
-        return sum(self._weights[name] * count for name, count in steps.items())
+    def _weigh(self, steps: dict[str, int]) -> float:
+        return sum(self._costs[name] * count for name, count in steps.items())
 
     def _count(self) -> str:
         return f"{self._ended}/{len(self._steps)} runs"

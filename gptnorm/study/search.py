@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -27,6 +27,10 @@ from gptnorm.study.measures import Point, best_point, edge_of
 
 Factor = Annotated[float, Field(gt=1.05)]
 """More than what rounding to three digits can blur."""
+
+
+Seek = Literal["both", "optimum", "edge"]
+"""What is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,15 +45,14 @@ class Search:
     """Steps, each of the grid's last factor, that rates may be tried beyond either end of the grid."""
 
 
-def next_rates(
-    tried: Sequence[Point], grid: Sequence[float], search: Search, *, only_edge: bool = False
-) -> list[float]:
+def next_rates(tried: Sequence[Point], grid: Sequence[float], search: Search, seek: Seek = "both") -> list[float]:
     """The rates to try now, ascending; none: the search is done, or has reached as far as it may.
 
     Args:
         tried: ascending.
         grid: ascending, of two rates or more.
-        only_edge: whether the optimum is known from elsewhere, and rules 2 (downwards) and 3 are left out.
+        seek: "edge": the optimum is known from elsewhere, and rules 2 (downwards) and 3 are left out. "optimum": the
+            edge does not matter, and rules 2 (for the edge's sake) and 4 are left out.
     """
     known = [point.lr for point in tried]
     missing = [lr for lr in grid if not _has(known, lr)]
@@ -58,15 +61,15 @@ def next_rates(
     best, edge = best_point(tried), edge_of(tried)
     wanted: list[float] = []
     if best is None or edge is None:
-        return [] if only_edge else _beyond(known, grid, search, downwards=True)
-    if best.lr == known[0] and not only_edge:
+        return [] if seek == "edge" else _beyond(known, grid, search, downwards=True)
+    if best.lr == known[0] and seek != "edge":
         wanted += _beyond(known, grid, search, downwards=True)
-    if edge.unstable is None:
+    if edge.unstable is None and (seek != "optimum" or best.lr == known[-1]):
         wanted += _beyond(known, grid, search, downwards=False)
-    elif edge.unstable / edge.stable > search.edge:
+    elif edge.unstable is not None and edge.unstable / edge.stable > search.edge and seek != "optimum":
         wanted.append(_midway(edge.stable, edge.unstable))
     place = known.index(best.lr)
-    if 0 < place < len(known) - 1 and not only_edge:
+    if 0 < place < len(known) - 1 and seek != "edge":
         for neighbour in (known[place - 1], known[place + 1]):
             # Beyond the edge there is no optimum; rule 4 looks there.
             stable = edge.unstable is None or neighbour < edge.unstable

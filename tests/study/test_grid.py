@@ -10,8 +10,10 @@ from rich.console import Console
 from gptnorm.data import Sampler, prepare
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
+from gptnorm.study.config import StudyConfig
 from gptnorm.study.facts import split_settings, unigram_entropy
-from gptnorm.study.grid import StudyConfig, make_cells, read_study, run_study
+from gptnorm.study.grid import Grid, make_cells
+from gptnorm.study.run import run_study
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 
@@ -25,7 +27,7 @@ def study(recipe, tmp_path):
 
 def cells_of(path, *overrides):
     recipe = load_recipe(str(path))
-    return make_cells(recipe, read_study(recipe, overrides), overrides)
+    return make_cells(recipe, Grid().read(recipe, overrides), overrides)
 
 
 def test_data_order_is_the_same_for_every_strategy_and_rate(study):
@@ -65,6 +67,7 @@ def test_near_rates_have_folders_of_their_own(study):
 def test_a_diverged_cell_is_a_data_point(study, tmp_path):
     folder = tmp_path / "out"
     run_study(
+        Grid(),
         str(study),
         ("study.strategies=['prenorm']", "study.lrs=[0.001, 1e30]", "optim.clip=0", "study.workers=1"),
         folder,
@@ -88,7 +91,7 @@ def test_bad_input_leaves_the_old_study_alone(study, tmp_path, setting):
     folder = tmp_path / "out"
     folder.mkdir()
     with pytest.raises(UserError) as caught:
-        run_study(str(study), (setting,), folder, Console(quiet=True))
+        run_study(Grid(), str(study), (setting,), folder, Console(quiet=True))
     assert setting.partition("=")[0] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []

@@ -15,7 +15,8 @@ from gptnorm.probe import probe
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_ladder
 from gptnorm.strategies import STRATEGIES
-from gptnorm.study.grid import make_cells, read_study, run_study
+from gptnorm.study.grid import Grid, make_cells
+from gptnorm.study.run import run_study
 from gptnorm.study.signal import signal
 from gptnorm.tables import flatten
 from gptnorm.train.inputs import open_batches
@@ -33,7 +34,7 @@ def study(recipe, tmp_path):
 
 def cells_of(path, axis, *overrides):
     recipe = load_recipe(str(path))
-    return make_cells(recipe, read_study(recipe, overrides, axis), overrides)
+    return make_cells(recipe, Grid(axis).read(recipe, overrides), overrides)
 
 
 def test_depth_changes_depth_alone(study):
@@ -105,7 +106,7 @@ def test_mistakes_are_one_line_and_leave_the_old_study_alone(study, tmp_path, ax
     folder = tmp_path / "out"
     folder.mkdir()
     with pytest.raises(UserError) as caught:
-        run_study(str(study), tuple(settings), folder, QUIET, ladder=axis)
+        run_study(Grid(axis), str(study), tuple(settings), folder, QUIET)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
@@ -116,7 +117,7 @@ def test_a_depth_ladder(study, tmp_path):
     folder = tmp_path / "out"
     settings = ("study.depths=[1,2]", "study.strategies=['prenorm']", "study.lrs=[0.01, 1e30]", "optim.clip=0",
                 "study.workers=1", "checkpoint.final=false")  # fmt: skip
-    run_study(str(study), settings, folder, QUIET, ladder="depth")
+    run_study(Grid("depth"), str(study), settings, folder, QUIET)
     rows = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
     assert sorted((row["size"], row["lr"], row["rule"], row["status"]) for row in rows) == [
         (1, 0.01, None, "finished"), (1, 1e30, None, "diverged"),
@@ -142,7 +143,7 @@ def test_a_depth_ladder(study, tmp_path):
 def test_a_width_ladder_under_rules(study, tmp_path):
     settings = ("study.widths=[16,32,64]", 'study.rules=["none","align"]', "optim.base_width=16", "study.lrs=[0.01]",
                 "study.strategies=['prenorm']", "study.workers=1", "checkpoint.every=6")  # fmt: skip
-    folder = run_study(str(study), settings, tmp_path / "out", QUIET, ladder="width")
+    folder = run_study(Grid("width"), str(study), settings, tmp_path / "out", QUIET)
     rows = {(r["size"], r["rule"]): r for r in map(json.loads, (folder / "cells.jsonl").read_text().splitlines())}
     assert set(rows) == {(size, rule) for size in (16, 32, 64) for rule in ("none", "align")}
     assert rows[16, "none"]["val_loss"] == rows[16, "align"]["val_loss"]
@@ -174,4 +175,4 @@ def test_shipped_recipes_leave_a_strategy_s_own_settings_alone(axis):
         # Adam's epsilon is the same for all there: small enough for the one strategy that asks for it, too.
         assert own.keys() & flatten(layer.tree).keys() <= {"optim.eps"}
         assert flatten(layer.tree).get("optim.eps", 1e-12) == own["optim.eps"]
-    assert make_cells(recipe, read_study(recipe, (), axis), ())
+    assert make_cells(recipe, Grid(axis).read(recipe, ()), ())

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from gptnorm.errors import UserError
 from gptnorm.lock import locked
-from gptnorm.study import grid, pool
-from gptnorm.study.grid import run_study
+from gptnorm.study import pool, run
+from gptnorm.study.grid import Grid
 from gptnorm.study.ledger import OtherStudy
+from gptnorm.study.run import run_study
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm"]\nlrs = [0.01, 0.001]\nseeds = [3]\nworkers = 1\n'
 SMALL = ("train.steps=4", "watch.every=0", "train.eval_batches=1", "checkpoint.final=false")
@@ -36,16 +37,17 @@ def study(recipe, tmp_path):
 def in_process(request, monkeypatch):
     """Cells one after the other in this process, but where a test kills processes."""
 
-    def run_cells(cells, shards, folder, workers, console):
-        for cell in cells:
-            yield cell, pool._run_cell(cell.config, shards, folder / cell.folder, cell.folder, cell.rung is not None)
+    def run_cells(wanted, shards, folder, workers, console):
+        while cells := wanted():
+            cell = cells[0]
+            yield cell, pool._run_cell(cell.config, shards, folder / cell.folder, cell.folder, cell.measured)
 
     if "kills" not in request.fixturenames:
-        monkeypatch.setattr(grid, "run_cells", run_cells)
+        monkeypatch.setattr(run, "run_cells", run_cells)
 
 
-def ask(study, folder, *settings, **more):
-    return run_study(str(study), (*SMALL, *settings), folder, Console(quiet=True), **more)
+def ask(study, folder, *settings, ladder=None, **more):
+    return run_study(Grid(ladder), str(study), (*SMALL, *settings), folder, Console(quiet=True), **more)
 
 
 def lines(folder):
@@ -186,8 +188,8 @@ def test_the_shipped_ladders_can_grow(tmp_path, monkeypatch):
         folder = tmp_path / axis
         shutil.copytree(Path(__file__).parents[2] / "docs" / "results" / axis, folder)
         asked = []
-        monkeypatch.setattr(grid, "run_cells", lambda cells, *rest, asked=asked: asked.extend(cells) or iter(()))
-        run_study(f"study/{axis}", ("study.seeds=[1]",), folder, Console(quiet=True), ladder=axis)
+        monkeypatch.setattr(run, "run_cells", lambda wanted, *rest, asked=asked: asked.extend(wanted()) or iter(()))
+        run_study(Grid(axis), f"study/{axis}", ("study.seeds=[1]",), folder, Console(quiet=True))
         assert len(asked) == len(lines(folder))
         assert {cell.seed for cell in asked} == {1}
 

@@ -133,7 +133,7 @@ def test_edges_found_by_bisection_cover():
         for name, by_seed in edges.items():
             for seed, edge in by_seed.items():
                 tried: list[Point] = []
-                while rates := next_rates(tried, grid, Search(edge=1.3), only_edge=True):
+                while rates := next_rates(tried, grid, Search(edge=1.3), seek="edge"):
                     new = [Point(lr, 2 + math.log(lr / 5e-3) ** 2, math.log(lr) < edge) for lr in rates]
                     tried = sorted([*tried, *new])
                 found[name][seed] = edge_of(tried).middle

@@ -82,7 +82,7 @@ def test_it_reaches_only_so_far():
 
 def test_the_edge_alone():
     """A seed whose optimum is known from others: the rates of the grid, then bisection."""
-    tried, _ = search(parabola(1e-5, 2e-2), only_edge=True)
+    tried, _ = search(parabola(1e-5, 2e-2), seek="edge")
     assert min(p.lr for p in tried) == GRID[0]
     assert edge_of(tried).unstable / edge_of(tried).stable <= 1.5
 

@@ -1,0 +1,65 @@
+"""What a study measures of a run's model beside its loss.
+
+| measured | what the ledger gets |
+|---|---|
+| signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
+| nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptnorm.config import Config
+from gptnorm.data import Shards
+from gptnorm.files import write_atomic
+from gptnorm.model import GPT, build_gpt
+from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
+from gptnorm.recipe import dump_toml
+from gptnorm.study.cell import Measured
+from gptnorm.study.signal import signal
+from gptnorm.train.checkpoint import latest_checkpoint, load_model
+from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
+from gptnorm.train.loop import Result, start_run
+from gptnorm.train.progress import Watcher
+
+
+def run_and_measure(
+    config: Config, shards: Shards, folder: Path, watcher: Watcher, measured: Measured | None
+) -> tuple[Result, dict[str, Any]]:
+    """A run, and the fields of the module's table."""
+    if measured is None:
+        return start_run(config, shards, folder, watcher), {}
+    # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it.
+    checkpointed = replace(config, checkpoint=replace(config.checkpoint, final=True))
+    result = start_run(checkpointed, shards, folder, watcher)
+
+    model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
+    found = {"init": _measure(measured, model, config, shards) if measured == "signal" else None, "trained": None}
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if result.status == "finished" and checkpoint is not None:
+        load_model(checkpoint, model)
+        found["trained"] = _measure(measured, model, config, shards)
+        every = config.checkpoint.every
+        if not config.checkpoint.final and not (every and result.step % every == 0):
+            shutil.rmtree(checkpoint)
+    write_atomic(folder / "config.toml", dump_toml(config))
+    return result, {measured: found if measured == "signal" else found["trained"]}
+
+
+def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:
+    """On the validation windows: the first batch, or as many as a fit needs."""
+    _, validation = open_batches(config, shards)
+    device = model.embed.weight.device
+    if measured == "signal":
+        return signal(model, torch.from_numpy(validation[0]).to(device))
+    tokens = validation[0].shape[0] * config.train.seq_len
+    batches = validation[: math.ceil(TOKENS_PER_FEATURE * config.model.d_model / tokens)]
+    found = feedforward_nonlinearity(model, [torch.from_numpy(batch).to(device) for batch in batches])
+    return None if found is None else [float(f"{value:.4g}") for value in found]

@@ -1,0 +1,57 @@
+"""The options of `gptnorm study tolerance` as the settings that they stand for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+from gptnorm.errors import UserError, bad_value
+from gptnorm.recipe import parse_overrides
+from gptnorm.study.search import log_grid
+
+ALLOWED = "must be LOW:HIGH or a list, such as 3e-4:3e-1 or 1e-3,3e-3,1e-2"
+
+
+def as_settings(
+    settings: tuple[str, ...], *, strategies: str | None, lrs: str | None, seeds: int | None
+) -> tuple[str, ...]:
+    """The `key=value` arguments with those that the options stand for.
+
+    Args:
+        strategies: names with commas between.
+        lrs: "LOW:HIGH", of which two rates a decade are taken, or rates with commas between.
+        seeds: how many are reported: the first that do not pick, counted from 0.
+
+    Raises:
+        UserError: an option that says nothing, or says what a setting says, too.
+    """
+    more = {}
+    if strategies is not None:
+        more["strategies"] = [name.strip() for name in strategies.split(",") if name.strip()]
+    if lrs is not None:
+        more["lrs"] = list(parse_rates(lrs))
+    if seeds is not None:
+        pick = parse_overrides(settings).get("study", {}).get("pick", [0])
+        more["seeds"] = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
+    given = {setting.partition("=")[0] for setting in settings}
+    for key in more:
+        if f"study.{key}" in given:
+            raise UserError(f"--{key} and study.{key} say the same; give one of them")
+    return (*settings, *(f"study.{key}={json.dumps(values)}" for key, values in more.items()))
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """ "3e-4:3e-1" or "1e-3,3e-3"; UserError for anything else."""
+    ends = text.split(":")
+    try:
+        rates = [float(part) for part in (ends if len(ends) > 1 else text.split(","))]
+    except ValueError:
+        raise bad_value("--lrs", text, ALLOWED) from None
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise bad_value("--lrs", text, "must be above 0 and finite")
+    if len(ends) == 1:
+        return tuple(rates)
+    if len(ends) != 2 or rates[0] >= rates[1]:
+        raise bad_value("--lrs", text, ALLOWED)
+    low, high = rates
+    return log_grid(low, high)

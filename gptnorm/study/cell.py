@@ -1,0 +1,87 @@
+"""One run of a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptnorm.config import Config
+from gptnorm.study.ladder import Rung
+
+Pairs = tuple[tuple[str, Any], ...]
+"""Dotted settings with their values."""
+
+Measured = Literal["signal", "nonlinearity"]
+"""What is measured of a run's model beside its loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a tolerance study sets for a run beside strategy, rate and seed."""
+
+    place: Pairs = ()
+    """Where strategies are compared."""
+    variant: Pairs = ()
+    """What is tuned, as far as it is other than the strategy has it anyway."""
+    follows: Pairs = ()
+    """What goes with the place: heads and feed-forward with the width."""
+
+    @property
+    def label(self) -> str:
+        """Names the setup's folder; empty where nothing is set."""
+        return ",".join(f"{key}={value}" for key, value in (*self.place, *self.variant))
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings as `key=value` arguments."""
+        return as_overrides(dict((*self.follows, *self.place, *self.variant)))
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """`key=value` arguments, their values in TOML."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run."""
+
+    strategy: str
+    lr: float
+    seed: int
+    config: Config
+    rung: Rung | None = None
+    """Its place on a ladder."""
+    setup: Setup = Setup()
+    """What a tolerance study sets."""
+    measured: Measured | None = None
+
+    @property
+    def label(self) -> str:
+        """The rung's or the setup's; empty where there is none."""
+        return self.rung.label if self.rung else self.setup.label
+
+    @property
+    def folder(self) -> str:
+        """Relative to the study folder."""
+        label = f"{self.label}/" if self.label else ""
+        return f"cells/{self.strategy}/{label}lr-{self.lr!r}-seed-{self.seed}"
+
+    @property
+    def cost(self) -> float:
+        """How long it takes, in an arbitrary unit: tokens times width times depth, good enough for the time left."""
+        train, model = self.config.train, self.config.model
+        return train.steps * train.batch_size * train.seq_len * model.d_model * model.n_layers
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger says of the run before its outcome."""
+        found: dict[str, Any] = {"strategy": self.strategy, "lr": self.lr, "seed": self.seed}
+        if self.rung:
+            found |= {"size": self.rung.size, "rule": self.rung.rule}
+        for key in ("place", "variant"):
+            if settings := getattr(self.setup, key):
+                found[key] = dict(settings)
+        return found

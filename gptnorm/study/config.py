@@ -1,0 +1,142 @@
+"""What a study asks for: the `[study]` table of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from gptnorm.config import STRICT, Count, Positive, PositiveFloat, WidthRuleName
+from gptnorm.errors import UserError, bad_value
+from gptnorm.recipe import Recipe, parse_overrides
+from gptnorm.study.ladder import FEWEST, Axis
+from gptnorm.study.outcome import Stability
+from gptnorm.study.search import Search
+from gptnorm.tables import flatten, merge
+from gptnorm.typed import read_table
+
+Axes = dict[str, tuple[Any, ...]]
+"""Dotted settings, each with the values it takes."""
+
+RESERVED = ("model.strategy", "optim.lr", "seed")
+"""Settings that every study sets from cell to cell."""
+
+FIXED = ("data.", "run.", "checkpoint.", "watch.", "parallel.", "study.")
+"""Tables whose settings are the same in all cells: the runs would not be comparable, or not be made otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudyConfig:
+    """A grid, or a ladder of them."""
+
+    title: str
+    """Heads the report."""
+    strategies: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Rows of the table; each with its own defaults, on the recipe's shared settings."""
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    """Peak learning rates: the columns."""
+    seeds: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Each draws the weights and the order of the data, the same for every strategy and rate."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that run cells; 0: one per core, or one on a GPU."""
+    depths: tuple[Positive, ...] = ()
+    """Numbers of blocks: the rungs of `gptnorm study depth`."""
+    widths: tuple[Positive, ...] = ()
+    """Values of model.d_model: the rungs of `gptnorm study width`."""
+    rules: tuple[WidthRuleName, ...] = ()
+    """Values of optim.width_rule, each at every width. Left out: the recipe's own."""
+
+    def sizes(self, axis: Axis) -> tuple[int, ...]:
+        """The rungs of that ladder."""
+        return self.depths if axis == "depth" else self.widths
+
+    @property
+    def axis(self) -> Axis | None:
+        """Which ladder the study climbs, if any."""
+        return "depth" if self.depths else "width" if self.widths else None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ToleranceConfig(StudyConfig):
+    """A tolerance study: the grid is where the search for each strategy's best rate and edge begins."""
+
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+    """Peak learning rates to begin with; from the first to the last the sensitivity is taken."""
+    seeds: tuple[Count, ...] = ()
+    """Seeds that are reported. None: a screening, by the seeds that pick."""
+    pick: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
+    """Seeds that pick each strategy's best rate and setting; none of those reported."""
+    report: Literal["all", "near", "best"] = "all"
+    """Rates that reported seeds train at: every one that the picking seeds tried, the best with its neighbours and the
+    edge, or the best alone. All but the last also bracket each seed's own edge."""
+    baseline: str | None = None
+    """The strategy that the others are compared with. Left out: the first."""
+    epsilon: PositiveFloat = 0.05
+    """Nats above a strategy's own best loss up to which a rate counts as nearly as good."""
+    tune: dict[str, Any] = field(default_factory=dict)
+    """Settings tuned beside the rate, each with its values: every combination is tried for every strategy."""
+    map: dict[str, Any] = field(default_factory=dict)
+    """Settings with the values at which strategies are compared: every combination is a comparison of its own."""
+    search: Search = Search()
+    """How closely best and edge are bracketed."""
+    stability: Stability = Stability()
+    """When a run counts as stable."""
+
+
+T = TypeVar("T", bound=StudyConfig)
+
+
+def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T:
+    """The recipe's `[study]` table with `study.…` arguments over it.
+
+    Raises:
+        UserError: there is none, or it has an unknown key, a wrong value or an entry twice.
+    """
+    table: dict[str, Any] = {}
+    merge(table, recipe.study)
+    extra = parse_overrides(overrides).get("study", {})
+    if not isinstance(extra, dict):
+        raise bad_value("study", extra, "must be a table; write its keys as study.KEY")
+    merge(table, extra)
+    if not table:
+        raise UserError(f"recipe {recipe.name!r}: has no [study] table")
+    study = read_table(cls, table, key="study")
+    for entry in fields(study):
+        values = getattr(study, entry.name)
+        if isinstance(values, tuple) and len(set(values)) != len(values):
+            raise bad_value(f"study.{entry.name}", list(values), "must not repeat an entry")
+    return study
+
+
+def refuse_other_ladders(study: StudyConfig, ladder: Axis | None) -> None:
+    """UserError where the study has rungs of another ladder, or too few of this one."""
+    for axis, fewest in FEWEST.items():
+        key, sizes = f"study.{axis}s", study.sizes(axis)
+        if sizes and axis != ladder:
+            here = f"'gptnorm study {ladder}'" if ladder else "this command"
+            raise bad_value(key, list(sizes), f"must be left out: {here} climbs no {axis}s")
+        if axis == ladder and len(sizes) < fewest:
+            raise bad_value(key, list(sizes), f"needs {fewest} {axis}s or more")
+    if study.rules and ladder != "width":
+        raise bad_value("study.rules", list(study.rules), "only 'gptnorm study width' takes it")
+
+
+def read_axes(table: dict[str, Any], key: str) -> Axes:
+    """`{"init.std": ["published", "twin"]}`, from a table with dotted or nested keys.
+
+    Raises:
+        UserError: a setting that no study may vary, or that has no list of different values.
+    """
+    axes: Axes = {}
+    for name, values in flatten(table).items():
+        where = f"{key}.{name}"
+        if name in RESERVED or name.startswith(FIXED):
+            raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
+        if not isinstance(values, list) or not values:
+            raise bad_value(where, values, "must be a list of its values, such as [0.0, 0.1]")
+        if len({repr(value) for value in values}) != len(values):
+            raise bad_value(where, values, "must not repeat an entry")
+        axes[name] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    return axes

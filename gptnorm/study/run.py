@@ -1,0 +1,172 @@
+"""Runs a study of any kind into its folder: what is missing there, cell by cell, in parallel processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from gptnorm.data import Shards, prepare
+from gptnorm.environment import describe_environment
+from gptnorm.errors import UserError
+from gptnorm.model import build_gpt
+from gptnorm.recipe import Recipe, load_recipe
+from gptnorm.study.cell import Cell
+from gptnorm.study.config import StudyConfig
+from gptnorm.study.facts import describe_study
+from gptnorm.study.ledger import Facts, Ledger
+from gptnorm.study.pool import Outcome, run_cells
+from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
+
+Lines = Mapping[str, Mapping[str, Any]]
+"""The ledger's line of each run that has ended, by the run's folder."""
+
+
+class Plan(Protocol):
+    """A study with all its settings resolved."""
+
+    @property
+    def study(self) -> StudyConfig:
+        """What is asked for."""
+        ...
+
+    @property
+    def samples(self) -> list[Cell]:
+        """Cells that between them have every setting of the study: what is checked, and written down."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `study.json` says beside what it says of every study."""
+        ...
+
+    def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
+        """The cells to run now, given those that have ended; none: the study is done.
+
+        Args:
+            entropy: of the validation tokens under training frequencies, in nats; None: not known.
+        """
+        ...
+
+
+class Kind(Protocol):
+    """What makes one kind of study different from another."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words after `gptnorm` that ask for it."""
+        ...
+
+    def read(self, recipe: Recipe, overrides: tuple[str, ...]) -> StudyConfig:
+        """What is asked for; UserError if it is not that of such a study."""
+        ...
+
+    def grown(self, study: Any, earlier: Facts) -> StudyConfig:
+        """What is asked for now and what was asked before, together."""
+        ...
+
+    def plan(self, recipe: Recipe, study: Any, overrides: tuple[str, ...]) -> Plan:
+        """The study with its settings resolved; UserError where one is wrong."""
+        ...
+
+
+def run_study(
+    kind: Kind,
+    name: str,
+    overrides: tuple[str, ...],
+    folder: Path,
+    console: Console,
+    *,
+    command: tuple[str, ...] | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Runs the study of a recipe into `folder`, or what is missing of it there.
+
+    What the folder's study asked for and what is asked now are one study; every run of it that has not ended is made.
+
+    Args:
+        name: the recipe, with a `[study]` table.
+        overrides: `key=value` arguments; `study.…` sets the study, the rest holds for every cell.
+        command: the words after `gptnorm` that ask for this study, for its record; None: the kind's own.
+        fresh: begin again; an earlier study there is moved aside.
+
+    Raises:
+        UserError: anything wrong with recipe or settings, before anything is written. OtherStudy: the folder holds one
+            with other settings.
+    """
+    recipe = load_recipe(name)
+    study = kind.read(recipe, overrides)
+    kind.plan(recipe, study, overrides)  # whatever is wrong with it is said before a study is moved aside
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(folder))
+        if ledger.earlier is not None and not fresh:
+            study = kind.grown(study, ledger.earlier)
+        plan = kind.plan(recipe, study, overrides)
+        config = plan.samples[0].config
+        with console.status("preparing the text …"):
+            shards = prepare(config.data)
+        _check(plan.samples, shards)
+        device = resolve_device(config.train.device)
+        line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
+        facts = describe_study(recipe, plan, shards, overrides, line, describe_environment(device))
+        if fresh and ledger.earlier is not None:
+            stack.close()
+            _move_aside(folder)
+            ledger = stack.enter_context(Ledger(folder))
+        ledger.begin(facts)
+
+        def wanted() -> list[Cell]:
+            return plan.wanted(ledger.done, facts["unigram_entropy"])
+
+        if not wanted():
+            return folder
+        workers = study.workers or (1 if device.type == "cuda" else _cores())
+        started = time.monotonic()
+        try:
+            for cell, outcome in run_cells(wanted, shards.folder, folder, workers, console):
+                ledger.add(cell.folder, **cell.facts, **_line(outcome))
+        finally:
+            ledger.spent(time.monotonic() - started)
+    return folder
+
+
+def _line(outcome: Outcome) -> dict[str, Any]:
+    """What the ledger keeps of how a run ended."""
+    result, training = outcome.result, outcome.training
+    record = {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
+    record |= {"tail_loss": training.tail, "lowest_loss": training.lowest, "spikes": training.spikes}
+    if outcome.memory is not None:
+        record["memory"] = outcome.memory
+    return record | outcome.measured
+
+
+def _check(samples: list[Cell], shards: Shards) -> None:
+    """Finds what else can be wrong with the input: the text, the vocabulary, what a strategy or rule refuses."""
+    built = set()
+    for cell in samples:
+        open_batches(cell.config, shards)
+        kind = (cell.strategy, cell.label)
+        if kind not in built:
+            built.add(kind)
+            build_gpt(cell.config, vocab=check_vocab(cell.config, shards), device="meta")
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells (Linux), else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _move_aside(folder: Path) -> None:
+    """Renames the folder to the first free NAME.1, NAME.2, …"""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be moved aside: {error.strerror}") from None

@@ -1,0 +1,173 @@
+"""The tolerance study: how far each strategy's learning rate can be pushed, and what it loses on the way.
+
+Which runs it makes is `gptnorm.study.planner`'s, what is read off them `gptnorm.report.tolerance`'s. The folder is
+`gptnorm.study.ledger`'s; `cells/<strategy>/[<setup>/]lr-<rate>-seed-<n>/` is a full run folder each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from gptnorm.config import Config
+from gptnorm.errors import UserError, bad_value
+from gptnorm.recipe import Recipe
+from gptnorm.report.records import finite
+from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides
+from gptnorm.study.config import Axes, ToleranceConfig, read_axes, read_table_of, refuse_other_ladders
+from gptnorm.study.grid import SET_BY_STUDY, shared_overrides
+from gptnorm.study.ladder import sizes_at
+from gptnorm.study.ledger import Facts
+from gptnorm.study.measures import Point
+from gptnorm.study.outcome import Stability, Training
+from gptnorm.study.planner import Group, Run, wanted_runs
+from gptnorm.study.run import Lines
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The kind of study (`gptnorm.study.run.Kind`) that the module is about."""
+
+    words: tuple[str, ...] = ("study", "tolerance")
+
+    def read(self, recipe: Recipe, overrides: tuple[str, ...]) -> ToleranceConfig:
+        """The `[study]` table with `study.…` arguments over it; UserError if it is not that of such a study."""
+        study = read_table_of(ToleranceConfig, recipe, overrides)
+        refuse_other_ladders(study, None)
+        both = sorted(set(study.pick) & set(study.seeds))
+        if both:
+            allowed = f"must be other seeds than study.pick = {list(study.pick)}: a rate picked on a seed flatters it"
+            raise bad_value("study.seeds", list(study.seeds), allowed)
+        if study.baseline is not None and study.baseline not in study.strategies:
+            raise bad_value("study.baseline", study.baseline, f"must be one of {', '.join(study.strategies)}")
+        tuned, mapped = (read_axes(getattr(study, key), f"study.{key}") for key in ("tune", "map"))
+        if common := tuned.keys() & mapped.keys():
+            raise UserError(f"study.tune.{min(common)}: is in study.map, too; it is either tuned or mapped")
+        return study
+
+    def grown(self, study: ToleranceConfig, earlier: Facts) -> ToleranceConfig:
+        """What either asks for."""
+        before = earlier.get("tolerance", {})
+        grown: dict[str, Any] = {}
+        for key in ("strategies", "lrs", "seeds"):
+            grown[key] = tuple(dict.fromkeys([*earlier[key], *getattr(study, key)]))
+        for key in ("tune", "map"):
+            axes = {name: list(values) for name, values in before.get(key, {}).items()}
+            for name, values in read_axes(getattr(study, key), f"study.{key}").items():
+                axes[name] = [*axes.get(name, []), *(value for value in values if value not in axes.get(name, []))]
+            grown[key] = axes
+        grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
+        return replace(study, **grown)
+
+    def plan(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> TolerancePlan:
+        """The study with its settings resolved; UserError where one is wrong."""
+        return TolerancePlan(recipe, study, overrides)
+
+
+class TolerancePlan:
+    """A tolerance study's `gptnorm.study.run.Plan`."""
+
+    def __init__(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> None:
+        self.study = study
+        self._recipe = recipe
+        self._tune, self._map = (read_axes(getattr(study, key), f"study.{key}") for key in ("tune", "map"))
+        set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **dict.fromkeys(self._map, "map")}
+        self._shared = shared_overrides(overrides, set_by)
+        self._cells: dict[Run, Cell] = {}
+        self._groups = [
+            self._group(strategy, place) for place in combinations(self._map) for strategy in study.strategies
+        ]
+        self.samples = [
+            self._cell(Run(group.strategy, setup, min(study.lrs), min(study.pick)))
+            for group in self._groups
+            for setup in group.setups
+        ]
+        """One cell of every strategy, place and setting."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is asked for beyond a grid."""
+        study = self.study
+        return {
+            "tolerance": {
+                "pick": list(study.pick),
+                "report": study.report,
+                "baseline": study.baseline or study.strategies[0],
+                "epsilon": study.epsilon,
+                "tune": {key: list(values) for key, values in self._tune.items()},
+                "map": {key: list(values) for key, values in self._map.items()},
+                "search": asdict(study.search),
+                "stability": _written(asdict(study.stability)),
+            }
+        }
+
+    def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
+        """The cells to run now, those of all groups in turn, so that every strategy grows alike."""
+
+        def known(run: Run) -> Point | None:
+            line = done.get(self._cell(run).folder)
+            return None if line is None else point_of(line, self.study.stability, entropy)
+
+        runs = [wanted_runs(group, known, self.study) for group in self._groups]
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*runs))
+        return [self._cell(run) for run in in_turn if run is not None]
+
+    def _cell(self, run: Run) -> Cell:
+        if run not in self._cells:
+            arguments = [*self._shared, *run.setup.overrides, f"optim.lr={run.lr!r}", f"seed={run.seed}"]
+            self._cells[run] = Cell(
+                strategy=run.strategy,
+                lr=run.lr,
+                seed=run.seed,
+                config=self._recipe.resolve(arguments, strategy=run.strategy),
+                setup=run.setup,
+                measured="nonlinearity",
+            )
+        return self._cells[run]
+
+    def _group(self, strategy: str, place: Pairs) -> Group:
+        """The strategy at a place, as it comes and with every other combination of what is tuned."""
+        follows = self._follows(strategy, place)
+        at_place = [*self._shared, *as_overrides(dict((*follows, *place)))]
+        own = self._recipe.resolve(at_place, strategy=strategy)
+        others = [self._other(own, combination, at_place, strategy) for combination in combinations(self._tune)]
+        variants: list[Pairs] = list(dict.fromkeys([(), *others]))
+        setups = (Setup(place=place, variant=variant, follows=follows) for variant in variants)
+        return Group(strategy=strategy, setups=tuple(setups))
+
+    def _other(self, own: Config, combination: Pairs, at_place: list[str], strategy: str) -> Pairs:
+        """Of a combination, the settings that are other than the strategy has them anyway."""
+        return tuple(
+            (key, value)
+            for key, value in combination
+            if self._recipe.resolve([*at_place, *as_overrides({key: value})], strategy=strategy) != own
+        )
+
+    def _follows(self, strategy: str, place: Pairs) -> Pairs:
+        width = dict(place).get("model.d_model")
+        if width is None:
+            return ()
+        if not isinstance(width, int) or isinstance(width, bool):
+            raise bad_value("study.map.model.d_model", width, "must be whole numbers")
+        model = self._recipe.resolve(self._shared, strategy=strategy).model
+        sizes = sizes_at(width, model, "study.map.model.d_model")
+        return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
+
+
+def combinations(axes: Axes) -> list[Pairs]:
+    """Every combination of the axes' values; one empty one where there are no axes."""
+    return [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
+    """A line of the ledger as a point of a curve."""
+    loss = finite(line.get("val_loss")) if line.get("status") == "finished" else None
+    training = Training(tail=finite(line.get("tail_loss")), lowest=finite(line.get("lowest_loss")), spikes=0)
+    return Point(float(line["lr"]), loss, stability.holds(loss, training, entropy))
+
+
+def _written(table: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no sign for as text."""
+    return {key: value if math.isfinite(value) else str(value) for key, value in table.items()}

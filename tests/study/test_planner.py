@@ -1,0 +1,113 @@
+"""Which runs a tolerance study makes, on loss functions whose optimum and edge are known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptnorm.study.cell import Setup
+from gptnorm.study.config import ToleranceConfig
+from gptnorm.study.measures import Point, best_point, edge_of
+from gptnorm.study.planner import Group, rates_to_report, wanted_runs
+
+OWN, TUNED, WORSE = Setup(), Setup(variant=(("init.std", "published"),)), Setup(variant=(("init.std", 1.0),))
+
+
+def study(**more):
+    given = {"title": "t", "strategies": ("a",), "lrs": (1e-3, 3e-3, 1e-2, 3e-2), "seeds": (1, 2, 3)}
+    return ToleranceConfig(**{**given, **more})
+
+
+def landscape(optimum=6e-3, edge=7e-2, noise=0.01):
+    """ℓ = 2 + 0.1 ln²(η/η*) + noise, worse for WORSE and better for TUNED; the edge moves with the seed."""
+
+    def run(run):
+        draw = random.Random(repr((run.setup.label, run.lr, run.seed)))
+        stable = run.lr < edge * math.exp(random.Random(run.seed).gauss(0, 0.3))
+        shift = {OWN: 0.0, TUNED: -0.2, WORSE: 0.2}[run.setup]
+        loss = 2 + shift + 0.1 * math.log(run.lr / optimum) ** 2 + draw.gauss(0, noise)
+        return Point(run.lr, loss if stable else None, stable)
+
+    return run
+
+
+def carried_out(group, truth, asked, order=None, chances=None):
+    """All the runs in the order in which they end; `order` shuffles, `chances` forgets what was queued (a kill)."""
+    ended, queue = {}, []
+    while True:
+        queue += [run for run in wanted_runs(group, ended.get, asked) if run not in queue and run not in ended]
+        if not queue:
+            return ended
+        if chances and chances.random() < 0.3:
+            queue = []
+            continue
+        run = queue.pop(order.randrange(min(4, len(queue))) if order else 0)
+        assert run not in ended, "a run is made once"
+        ended[run] = truth(run)
+
+
+def curve(ended, setup, seed):
+    return sorted(point for run, point in ended.items() if (run.setup, run.seed) == (setup, seed))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "best"]), st.sampled_from([(0,), (0, 9)]))
+def test_neither_order_nor_kills_matter(number, report, pick):
+    group = Group(strategy="a", setups=(OWN, TUNED, WORSE))
+    truth, asked = landscape(), study(report=report, pick=pick)
+    expected = carried_out(group, truth, asked)
+    disturbed = carried_out(group, truth, asked, random.Random(number), random.Random(number + 1))
+    assert disturbed == expected
+
+
+def test_the_picking_seed_brackets_best_and_edge():
+    asked = study(seeds=())
+    ended = carried_out(Group(strategy="a", setups=(OWN,)), landscape(), asked)
+    assert {run.seed for run in ended} == {0}
+    found = curve(ended, OWN, 0)
+    best, edge = best_point(found), edge_of(found)
+    assert best is not None
+    assert edge is not None
+    assert 3e-3 < best.lr < 1.2e-2
+    assert edge.unstable is not None
+    assert edge.unstable / edge.stable <= asked.search.edge * 1.01
+
+
+@pytest.mark.parametrize("report", ["all", "near", "best"])
+def test_reported_seeds_train_where_it_says(report):
+    asked = study(report=report)
+    ended = carried_out(Group(strategy="a", setups=(OWN,)), landscape(), asked)
+    picked = curve(ended, OWN, 0)
+    for seed in asked.seeds:
+        mine = curve(ended, OWN, seed)
+        rates = {point.lr for point in mine}
+        assert set(rates_to_report(picked, asked)) <= rates
+        if report == "best":
+            assert rates == {best_point(picked).lr}
+            continue
+        edge = edge_of(mine)
+        assert edge.unstable / edge.stable <= asked.search.edge * 1.01, "each seed's own edge is bracketed"
+        if report == "near":
+            assert len(rates) < len(picked)
+
+
+def test_only_the_strategy_as_it_comes_and_the_chosen_setting_are_reported():
+    asked = study()
+    ended = carried_out(Group(strategy="a", setups=(OWN, TUNED, WORSE)), landscape(), asked)
+    reported = {run.setup for run in ended if run.seed in asked.seeds}
+    assert reported == {OWN, TUNED}
+    edges = {setup: edge_of(curve(ended, setup, 0)) for setup in (OWN, TUNED, WORSE)}
+    assert all(edges[s].unstable / edges[s].stable <= asked.search.edge * 1.01 for s in (OWN, TUNED))
+    ended = carried_out(Group(strategy="a", setups=(OWN, WORSE)), landscape(), asked)
+    assert {run.setup for run in ended if run.seed in asked.seeds} == {OWN}
+
+
+def test_nothing_stable_ends():
+    asked = study(report="near")
+    ended = carried_out(Group(strategy="a", setups=(OWN, TUNED)), lambda run: Point(run.lr, None, False), asked)
+    assert {run.seed for run in ended} == {0}
+    assert len(ended) == 2 * (4 + asked.search.reach)
