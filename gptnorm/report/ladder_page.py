@@ -30,7 +30,7 @@ def ladder_page(ladder: Ladder) -> str:
         *_rates_section(ladder),
         *_signal_section(ladder, tables[2:]),
         settings_section(ladder.study),
-        provenance_section(ladder.study),
+        provenance_section(ladder.study, ladder.study.cells),
         page.section("Before you quote this", [tag("ul", [tag("li", page.prose(note)) for note in caveats(ladder)])]),
     ]
     return page.page(ladder.study.title, content)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,22 @@ class Cell:
     parameters: int | None
     signal: Mapping[str, Any]
     """Of a ladder's cell: signal propagation, see `gptnorm.study.signal`."""
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> Cell:
+        """From a line of the ledger; KeyError, TypeError or ValueError where it lacks strategy, lr or seed."""
+        parameters = finite(line.get("parameters"))
+        return cls(
+            strategy=str(line["strategy"]),
+            lr=float(line["lr"]),
+            seed=int(line["seed"]),
+            status=str(line.get("status")),
+            val_loss=finite(line.get("val_loss")),
+            run=str(line.get("run") or ""),
+            seconds=finite(line.get("seconds")),
+            parameters=None if parameters is None else int(parameters),
+            signal=line.get("signal") or {},
+        )
 
     @property
     def finished(self) -> bool:
@@ -119,14 +135,13 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """A study folder, read. `rows` is the table; the other fields say how it came about."""
+class About:
+    """How a study of any kind came about."""
 
     folder: Path
     title: str
     recipe: str
     strategies: tuple[str, ...]
-    lrs: tuple[float, ...]
     seeds: tuple[int, ...]
     data: dict[str, Any]
     shared: dict[str, Any]
@@ -137,6 +152,13 @@ class Study:
     seconds: float | None
     unigram_entropy: float | None
     """Loss in nats of a model that knows only how frequent each token is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(About):
+    """A study folder, read. `rows` is the table; the other fields say how it came about."""
+
+    lrs: tuple[float, ...]
     cells: tuple[Cell, ...]
     """Outcomes inside the grid, one per strategy, learning rate and seed, in the grid's order."""
     outside: int
@@ -228,18 +250,23 @@ def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Stu
     raw = read_object(path)
     if "ladder" in raw and rung is None:
         raise UserError(f"{path}: a ladder of models, not one grid")
-    strategies = tuple(str(name) for name in _grid(raw, "strategies", path))
+    about = read_about(folder, raw)
     lrs = tuple(sorted(_learning_rate(value, path) for value in _grid(raw, "lrs", path)))
-    seeds = tuple(int(seed) for seed in _grid(raw, "seeds", path))
-    cells, outside = _read_cells(folder / "cells.jsonl", strategies, lrs, seeds, rung or {})
-    settings = raw.get("settings") or {}
-    return Study(
+    if not about.seeds:
+        raise bad_value(f"{path}: seeds", [], "expected a list of at least one value, none twice")
+    cells, outside = _read_cells(folder / "cells.jsonl", about.strategies, lrs, about.seeds, rung or {})
+    return Study(**vars(about), lrs=lrs, cells=cells, outside=outside)
+
+
+def read_about(folder: Path, raw: dict[str, Any]) -> About:
+    """What a `study.json` says, whatever the kind of the study; UserError where it names no strategies or seeds."""
+    path, settings = folder / "study.json", raw.get("settings") or {}
+    return About(
         folder=folder,
         title=str(raw.get("title") or folder.resolve().name),
         recipe=str(raw.get("recipe") or ""),
-        strategies=strategies,
-        lrs=lrs,
-        seeds=seeds,
+        strategies=tuple(str(name) for name in _grid(raw, "strategies", path)),
+        seeds=tuple(int(seed) for seed in _grid(raw, "seeds", path, fewest=0)),
         data=dict(raw.get("data") or {}),
         shared=dict(settings.get("shared") or {}),
         differing={key: dict(values) for key, values in (settings.get("differing") or {}).items()},
@@ -247,15 +274,13 @@ def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Stu
         commands=tuple(map(str, raw.get("commands") or ())),
         seconds=finite(raw.get("seconds")),
         unigram_entropy=finite(raw.get("unigram_entropy")),
-        cells=cells,
-        outside=outside,
     )
 
 
-def _grid(raw: dict[str, Any], key: str, path: Path) -> list[Any]:
-    """One axis of the grid: a list with at least one member, none twice."""
+def _grid(raw: dict[str, Any], key: str, path: Path, fewest: int = 1) -> list[Any]:
+    """One axis of the grid: a list with at least so many members, none twice."""
     values = raw.get(key)
-    if not isinstance(values, list) or not values or len(set(values)) != len(values):
+    if not isinstance(values, list) or len(values) < fewest or len(set(values)) != len(values):
         raise bad_value(f"{path}: {key}", values, "expected a list of at least one value, none twice")
     return values
 
@@ -281,25 +306,15 @@ def _read_cells(
         if any(raw.get(key) != value for key, value in rung.items()):
             continue
         try:
-            strategy, lr, seed = str(raw["strategy"]), float(raw["lr"]), int(raw["seed"])
+            cell = Cell.read(raw)
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: a line lacks strategy, lr or seed: {raw!r}") from None
         # A learning rate may have been printed and read back on its way here.
-        lr = next((known for known in lrs if math.isclose(known, lr, rel_tol=1e-9)), lr)
-        if strategy not in strategies or lr not in lrs or seed not in seeds:
-            outside.add((strategy, lr, seed))
-            continue
-        parameters = finite(raw.get("parameters"))
-        found[strategy, lr, seed] = Cell(
-            strategy=strategy,
-            lr=lr,
-            seed=seed,
-            status=str(raw.get("status")),
-            val_loss=finite(raw.get("val_loss")),
-            run=str(raw.get("run") or ""),
-            seconds=finite(raw.get("seconds")),
-            parameters=None if parameters is None else int(parameters),
-            signal=raw.get("signal") or {},
-        )
+        cell = replace(cell, lr=next((lr for lr in lrs if math.isclose(lr, cell.lr, rel_tol=1e-9)), cell.lr))
+        key = (cell.strategy, cell.lr, cell.seed)
+        if cell.strategy in strategies and cell.lr in lrs and cell.seed in seeds:
+            found[key] = cell
+        else:
+            outside.add(key)
     order = [(strategy, lr, seed) for strategy in strategies for lr in lrs for seed in seeds]
     return tuple(found[key] for key in order if key in found), len(outside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import quote
 
 from gptnorm.report import page
@@ -11,7 +13,7 @@ from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
 from gptnorm.report.records import finite
-from gptnorm.report.results import Study
+from gptnorm.report.results import About, Cell, Study
 from gptnorm.report.shared import environment_pairs, setting_table
 from gptnorm.report.table import CellText, cell_text, footnotes
 from gptnorm.report.verdict import caveats, gap_reading, interval_text, verdict
@@ -72,7 +74,7 @@ def study_page(study: Study) -> str:
         *_ranking(study),
         *plots,
         settings_section(study),
-        provenance_section(study),
+        provenance_section(study, study.cells),
         page.section("Before you quote this", [tag("ul", [tag("li", page.prose(note)) for note in caveats(study)])]),
     ]
     return page.page(study.title, content)
@@ -148,7 +150,7 @@ def _ranking(study: Study) -> list[Markup]:
     return [page.section(label, [ranking, tag("p", note, class_="notes")])]
 
 
-def settings_section(study: Study) -> Markup:
+def settings_section(study: About) -> Markup:
     """What differs between the strategies, and what they share."""
     label = "Settings that differ between the strategies"
     content: list[Markup] = []
@@ -168,7 +170,7 @@ def settings_section(study: Study) -> Markup:
     return page.section(label, content)
 
 
-def provenance_section(study: Study) -> Markup:
+def provenance_section(study: About, cells: Sequence[Cell]) -> Markup:
     """Command, data, versions and every run."""
     data = study.data
     items = [
@@ -190,15 +192,15 @@ def provenance_section(study: Study) -> Markup:
     if study.commands:
         content.append(tag("pre", tag("code", "\n".join(study.commands))))
     content.append(page.pairs(items))
-    if study.cells:
-        content.append(page.details(f"Every run ({len(study.cells)})", [_run_table(study)]))
+    if cells:
+        content.append(page.details(f"Every run ({len(cells)})", [_run_table(study.folder, cells)]))
     return page.section("How it was run", content)
 
 
-def _run_table(study: Study) -> Markup:
+def _run_table(folder: Path, cells: Sequence[Cell]) -> Markup:
     rows = []
-    for cell in study.cells:
-        own = study.folder / cell.run / REPORT
+    for cell in cells:
+        own = folder / cell.run / REPORT
         # A link only to what is there; quoting makes it a path, whatever the data says.
         where = tag("a", cell.run, href=quote(f"{cell.run}/{REPORT}")) if cell.run and own.is_file() else cell.run
         rows.append(

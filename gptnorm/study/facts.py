@@ -82,6 +82,7 @@ def describe_study(
             "path": data.path if isinstance(data.path, str) else list(data.path),
             "tokenizer": data.tokenizer,
             "fingerprint": shards.fingerprint,
+            "vocab": check_vocab(config, shards),
             "train_tokens": len(shards.train),
             "val_tokens": len(shards.val),
         },

@@ -60,13 +60,21 @@ class Reach:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """A geometric mean over seeds, with its 95 % t-interval: that of the logarithms, normal ones assumed."""
+class Estimate:
+    """A mean over seeds with its 95 % t-interval; no ends from one seed."""
 
     value: float
     low: float | None
     high: float | None
     seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound(Estimate):
+    """A mean rate, or a ratio of rates, that may be known from below alone."""
+
+    at_least: bool
+    """Whether the true value may be higher, since no failure was seen on some seed."""
 
 
 def best_point(curve: Sequence[Point]) -> Point | None:
@@ -137,17 +145,66 @@ def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> 
     return total / (end - start)
 
 
-def geometric_mean(values: Sequence[float]) -> Ratio:
-    """Of one value or more."""
-    logs = [math.log(value) for value in values]
-    mean, sd = sum(logs) / len(logs), sample_sd(logs)
+def mean_of(values: Sequence[float]) -> Estimate:
+    """Of one value or more, normal ones assumed."""
+    mean, sd = sum(values) / len(values), sample_sd(list(values))
     if sd is None:
-        return Ratio(value=math.exp(mean), low=None, high=None, seeds=len(logs))
-    half = t_quantile(len(logs) - 1) * sd / math.sqrt(len(logs))
-    return Ratio(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), seeds=len(logs))
+        return Estimate(value=mean, low=None, high=None, seeds=len(values))
+    half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    return Estimate(value=mean, low=mean - half, high=mean + half, seeds=len(values))
 
 
-def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Ratio | None:
+def geometric_mean(values: Sequence[float]) -> Estimate:
+    """Of one value or more, normal logarithms assumed."""
+    found = mean_of([math.log(value) for value in values])
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    return Estimate(value=math.exp(found.value), low=low, high=high, seeds=found.seeds)
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """How much larger ours are, seed by seed; None where no seed has both."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return mean_of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+
+
+def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
     """How many times as large ours are, seed by seed; None where no seed has both."""
     seeds = sorted(ours.keys() & theirs.keys())
     return geometric_mean([ours[seed] / theirs[seed] for seed in seeds]) if seeds else None
+
+
+def mean_edge(edges: Mapping[int, Edge]) -> Bound | None:
+    """The geometric mean of edges over seeds; None without one.
+
+    Its interval runs from the lower end of that of the largest stable rates to the upper end of that of the first
+    unstable ones, so that it also holds how closely the edges are known. Where a seed's edge was not reached, the value
+    is that of the largest stable rates, and there is no upper end.
+    """
+    if not edges:
+        return None
+    stable = geometric_mean([edge.stable for edge in edges.values()])
+    middles = [edge.middle for edge in edges.values() if edge.middle is not None]
+    if len(middles) < len(edges):
+        return Bound(value=stable.value, low=stable.low, high=None, seeds=stable.seeds, at_least=True)
+    unstable = geometric_mean([edge.unstable for edge in edges.values() if edge.unstable is not None])
+    return Bound(
+        value=geometric_mean(middles).value, low=stable.low, high=unstable.high, seeds=stable.seeds, at_least=False
+    )
+
+
+def edge_ratio(ours: Mapping[int, Edge], theirs: Mapping[int, Edge]) -> Bound | None:
+    """How many times as far out our edges are, seed by seed; None where no seed has both, or theirs was not reached.
+
+    As in `mean_edge`, the interval also holds how closely the edges are known.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [(ours[seed], theirs[seed]) for seed in seeds]
+    if not pairs or any(their.unstable is None for _, their in pairs):
+        return None
+    low = geometric_mean([our.stable / their.unstable for our, their in pairs if their.unstable])
+    if any(our.unstable is None for our, _ in pairs):
+        value = geometric_mean([our.stable / their.middle for our, their in pairs if their.middle]).value
+        return Bound(value=value, low=low.low, high=None, seeds=len(pairs), at_least=True)
+    high = geometric_mean([our.unstable / their.stable for our, their in pairs if our.unstable])
+    value = geometric_mean([our.middle / their.middle for our, their in pairs if our.middle and their.middle]).value
+    return Bound(value=value, low=low.low, high=high.high, seeds=len(pairs), at_least=False)

@@ -1,0 +1,448 @@
+r"""A tolerance study as data: what each strategy bears, at its own best, on other seeds than those that picked it.
+
+A *track* is one strategy with one setting at one place. Its best rate $\eta^*$ is picked on the picking seeds, whose
+mean makes one curve; every number below is then taken seed by seed on the reported seeds, and a mean over them has its
+95 % t-interval. A study without reported seeds is a *screening*: its numbers are those of the picking seeds, flattered
+by the picking, and it says so. The functions named are `gptnorm.study.measures`'.
+
+| number | on one seed |
+|---|---|
+| loss | validation loss at $\eta^*$ |
+| edge | `edge_of`: the largest stable rate and the first unstable one above |
+| near | `reach_of` the loss at $\eta^*$ plus epsilon |
+| beats | `reach_of` the baseline's loss at the baseline's own $\eta^*$ |
+| sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, the loss at the start |
+| gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*$ |
+| spikes | at $\eta^*$ |
+| nonlinearity | mean over blocks, at $\eta^*$; `gptnorm.probe.linearity` |
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from gptnorm.errors import UserError
+from gptnorm.report.records import finite, read_lines, read_object
+from gptnorm.report.results import About, Cell, read_about
+from gptnorm.study.cell import Pairs
+from gptnorm.study.measures import (
+    Bound,
+    Edge,
+    Estimate,
+    Point,
+    Reach,
+    best_point,
+    edge_of,
+    edge_ratio,
+    geometric_mean,
+    mean_edge,
+    mean_of,
+    paired_difference,
+    reach_of,
+    sensitivity,
+)
+from gptnorm.study.outcome import Stability, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run that has ended."""
+
+    cell: Cell
+    point: Point
+    tail: float | None
+    """Mean training loss over the last 5 % of the steps."""
+    spikes: int
+    nonlinearity: float | None
+    """Mean over blocks."""
+    memory: float | None
+    """Peak bytes on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """One strategy with one setting at one place."""
+
+    strategy: str
+    place: Pairs
+    variant: Pairs
+    """What was tuned; empty: the strategy as it comes."""
+    trials: tuple[Trial, ...]
+    pick: tuple[int, ...]
+    seeds: tuple[int, ...]
+    """Those reported; of a screening, those that pick."""
+    grid: tuple[float, ...]
+    epsilon: float
+    cap: float | None
+    """ℓ₀."""
+    steps: int | None
+
+    @property
+    def setting(self) -> str:
+        """The variant in words."""
+        return ", ".join(f"{key} = {value}" for key, value in self.variant) or "as it comes"
+
+    @cached_property
+    def picked(self) -> list[Point]:
+        """The curve that the best rate is picked on: means over the picking seeds, of the rates that all have."""
+        curves = [self.curve(seed) for seed in self.pick]
+        rates = [lr for lr in self.lrs if all(any(point.lr == lr for point in curve) for curve in curves)]
+        return [_mean_point(lr, [_at(curve, lr) for curve in curves]) for lr in rates]
+
+    @cached_property
+    def best(self) -> Point | None:
+        """The point of lowest loss of `picked`."""
+        return best_point(self.picked)
+
+    @property
+    def end(self) -> Literal["lowest", "highest"] | None:
+        """Whether the best is the lowest or highest rate tried, and so no optimum."""
+        if self.best is None or not self.picked:
+            return None
+        ends: dict[float, Literal["lowest", "highest"]] = {
+            self.picked[-1].lr: "highest",
+            self.picked[0].lr: "lowest",
+        }
+        return ends.get(self.best.lr)
+
+    @cached_property
+    def lrs(self) -> list[float]:
+        """Every rate that was tried, ascending."""
+        return sorted({trial.point.lr for trial in self.trials})
+
+    @cached_property
+    def _by_seed(self) -> dict[int, list[Trial]]:
+        found: dict[int, list[Trial]] = {}
+        for trial in sorted(self.trials, key=lambda trial: trial.point.lr):
+            found.setdefault(trial.cell.seed, []).append(trial)
+        return found
+
+    def curve(self, seed: int) -> list[Point]:
+        """One seed's points, ascending."""
+        return [trial.point for trial in self._by_seed.get(seed, [])]
+
+    def mean_curve(self) -> list[tuple[float, list[Point]]]:
+        """Every rate with its points on the reported seeds, ascending."""
+        found = [(lr, [p for seed in self.seeds for p in self.curve(seed) if p.lr == lr]) for lr in self.lrs]
+        return [(lr, points) for lr, points in found if points]
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """At the best rate, by reported seed; those that failed there are missing."""
+        found = {seed: self._at_best(seed) for seed in self.seeds}
+        return {
+            seed: trial.point.loss
+            for seed, trial in found.items()
+            if trial is not None and trial.point.stable and trial.point.loss is not None
+        }
+
+    @property
+    def failed(self) -> int:
+        """Reported seeds that are not stable at the best rate."""
+        return sum(self._at_best(seed) is not None and seed not in self.losses for seed in self.seeds)
+
+    @property
+    def loss(self) -> Estimate | None:
+        """None where a seed failed: a mean over those that did not would flatter."""
+        return mean_of(list(self.losses.values())) if self.losses and not self.failed else None
+
+    @cached_property
+    def edges(self) -> dict[int, Edge]:
+        """By reported seed, of those with more than one rate."""
+        found = {seed: edge_of(self.curve(seed)) for seed in self.seeds if len(self.curve(seed)) > 1}
+        return {seed: edge for seed, edge in found.items() if edge is not None}
+
+    @property
+    def edge(self) -> Bound | None:
+        """Where training fails."""
+        return mean_edge(self.edges)
+
+    @property
+    def near(self) -> Bound | None:
+        """The largest rate within epsilon of the own best."""
+        return self.reach({seed: loss + self.epsilon for seed, loss in self.losses.items()})
+
+    def reach(self, levels: Mapping[int, float]) -> Bound | None:
+        """The largest rate that keeps a level of loss, given by seed; None where a seed never does."""
+        found = {seed: reach_of(self.curve(seed), level) for seed, level in levels.items() if seed in self.seeds}
+        reaches = [reach for reach in found.values() if reach is not None]
+        return _mean_reach(reaches) if reaches and len(reaches) == len(found) else None
+
+    @property
+    def sensitivity(self) -> Estimate | None:
+        """Of the reported seeds if all trained over the whole grid, else of those that picked."""
+        return self._sensitivity(self.seeds) or self._sensitivity(self.pick)
+
+    def _sensitivity(self, seeds: tuple[int, ...]) -> Estimate | None:
+        if self.cap is None:
+            return None
+        low, high = self.grid[0], self.grid[-1]
+        found = [
+            sensitivity(curve, low, high, self.cap) if {*self.grid} <= {point.lr for point in curve} else None
+            for curve in map(self.curve, seeds)
+        ]
+        values = [value for value in found if value is not None]
+        return mean_of(values) if values and len(values) == len(found) else None
+
+    @property
+    def gap(self) -> Estimate | None:
+        return self._mean(lambda trial: _minus(trial.point.loss, trial.tail))
+
+    @property
+    def spikes(self) -> Estimate | None:
+        return self._mean(lambda trial: float(trial.spikes))
+
+    @property
+    def nonlinearity(self) -> Estimate | None:
+        return self._mean(lambda trial: trial.nonlinearity)
+
+    @property
+    def memory(self) -> float | None:
+        """Peak bytes on a GPU, the largest of any run."""
+        return max((trial.memory for trial in self.trials if trial.memory is not None), default=None)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over the runs that came to their end, on whatever machine they ran."""
+        seconds = [trial.cell.seconds for trial in self.trials if trial.cell.finished and trial.cell.seconds]
+        return statistics.median(seconds) / self.steps if seconds and self.steps else None
+
+    @property
+    def parameters(self) -> int | None:
+        return next((trial.cell.parameters for trial in self.trials if trial.cell.parameters is not None), None)
+
+    def _at_best(self, seed: int) -> Trial | None:
+        if self.best is None:
+            return None
+        return next((trial for trial in self._by_seed.get(seed, []) if trial.point.lr == self.best.lr), None)
+
+    def _mean(self, value: Callable[[Trial], float | None]) -> Estimate | None:
+        trials = [trial for seed in self.seeds if (trial := self._at_best(seed)) is not None]
+        found = [value(trial) for trial in trials]
+        values = [number for number in found if number is not None]
+        return mean_of(values) if values and len(values) == len(found) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A strategy against the baseline, each at its own best rate."""
+
+    ours: Track
+    theirs: Track
+
+    @property
+    def difference(self) -> Estimate | None:
+        """Our loss minus theirs, seed by seed; None where a seed of either failed."""
+        if self.ours.failed or self.theirs.failed:
+            return None
+        return paired_difference(self.ours.losses, self.theirs.losses)
+
+    @property
+    def edge_ratio(self) -> Bound | None:
+        """How many times as far out our edge is."""
+        return edge_ratio(self.ours.edges, self.theirs.edges)
+
+    @property
+    def beats(self) -> Bound | None:
+        """Our largest rate at which the loss is still at most theirs at their best rate."""
+        return self.ours.reach(self.theirs.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where strategies are compared: one combination of what was mapped."""
+
+    settings: Pairs
+    tracks: tuple[Track, ...]
+    """Every strategy with every setting that was tried."""
+    baseline: str
+
+    @property
+    def name(self) -> str:
+        """In words; empty where nothing was mapped."""
+        return ", ".join(f"{key} = {value}" for key, value in self.settings)
+
+    @cached_property
+    def own(self) -> dict[str, Track]:
+        """Each strategy as it comes."""
+        return {track.strategy: track for track in self.tracks if not track.variant}
+
+    @cached_property
+    def tuned(self) -> dict[str, Track]:
+        """Each strategy with the setting that was best on the picking seeds."""
+        found: dict[str, Track] = {}
+        for track in self.tracks:
+            best = found.get(track.strategy)
+            if best is None or _loss_of(track) < _loss_of(best):
+                found[track.strategy] = track
+        return found
+
+    def pairs(self, *, tuned: bool) -> dict[str, Pair]:
+        """Every other strategy against the baseline, both as they come or both tuned."""
+        tracks = self.tuned if tuned else self.own
+        theirs = tracks.get(self.baseline)
+        return {
+            name: Pair(ours=track, theirs=theirs)
+            for name, track in tracks.items()
+            if theirs is not None and name != self.baseline
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToleranceStudy:
+    """A tolerance study's folder, read."""
+
+    about: About
+    places: tuple[Place, ...]
+    baseline: str
+    pick: tuple[int, ...]
+    seeds: tuple[int, ...]
+    """Those reported; none: a screening."""
+    grid: tuple[float, ...]
+    epsilon: float
+    stability: Stability
+    tune: dict[str, list[Any]]
+    map: dict[str, list[Any]]
+    cells: tuple[Cell, ...]
+
+    @property
+    def screening(self) -> bool:
+        """Whether the numbers are those of the seeds that pick."""
+        return not self.seeds
+
+
+def is_tolerance(folder: str | Path) -> bool:
+    """Whether the folder holds a tolerance study."""
+    return "tolerance" in read_object(Path(folder) / "study.json")
+
+
+def load_tolerance(folder: str | Path) -> ToleranceStudy:
+    """Read a study folder, complete or not.
+
+    Raises:
+        UserError: `study.json` is missing, cannot be read, or is another kind of study's.
+    """
+    folder = Path(folder)
+    path = folder / "study.json"
+    raw = read_object(path)
+    asked = raw.get("tolerance")
+    if not isinstance(asked, dict):
+        raise UserError(f"{path}: no tolerance study")
+    about = read_about(folder, raw)
+    stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
+    trials: dict[tuple[str, Pairs, Pairs], dict[str, Trial]] = {}
+    for line in read_lines(folder / "cells.jsonl"):
+        try:
+            trial = _read_trial(line, stability, about.unigram_entropy)
+            key = (trial.cell.strategy, _pairs(line.get("place")), _pairs(line.get("variant")))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{folder / 'cells.jsonl'}: a line lacks strategy, lr or seed: {line!r}") from None
+        trials.setdefault(key, {})[trial.cell.run] = trial
+    grid = tuple(sorted(float(lr) for lr in raw["lrs"]))
+    pick = tuple(int(seed) for seed in asked["pick"])
+
+    def track(strategy: str, place: Pairs, variant: Pairs) -> Track:
+        settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
+        steps = finite(settings.get("train.steps"))
+        return Track(
+            strategy=strategy,
+            place=place,
+            variant=variant,
+            trials=tuple(trials[strategy, place, variant].values()),
+            pick=pick,
+            seeds=about.seeds or pick,
+            grid=grid,
+            epsilon=float(asked["epsilon"]),
+            cap=_cap(raw),
+            steps=None if steps is None else int(steps),
+        )
+
+    places = dict.fromkeys(place for _, place, _ in trials)
+    baseline = str(asked["baseline"])
+    return ToleranceStudy(
+        about=about,
+        places=tuple(
+            Place(
+                settings=place,
+                tracks=tuple(
+                    track(*key) for name in about.strategies for key in trials if key[0] == name and key[1] == place
+                ),
+                baseline=baseline,
+            )
+            for place in sorted(places, key=lambda place: _order(place, asked["map"]))
+        ),
+        baseline=baseline,
+        pick=pick,
+        seeds=about.seeds,
+        grid=grid,
+        epsilon=float(asked["epsilon"]),
+        stability=stability,
+        tune={key: list(values) for key, values in asked["tune"].items()},
+        map={key: list(values) for key, values in asked["map"].items()},
+        cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
+    )
+
+
+def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
+    cell = Cell.read(line)
+    tail, lowest = finite(line.get("tail_loss")), finite(line.get("lowest_loss"))
+    loss = cell.val_loss if cell.finished else None
+    spikes = int(line.get("spikes") or 0)
+    blocks = [finite(value) for value in line.get("nonlinearity") or ()]
+    values = [value for value in blocks if value is not None]
+    return Trial(
+        cell=cell,
+        point=Point(cell.lr, loss, stability.holds(loss, Training(tail=tail, lowest=lowest, spikes=spikes), entropy)),
+        tail=tail,
+        spikes=spikes,
+        nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
+        memory=finite(line.get("memory")),
+    )
+
+
+def _cap(raw: Mapping[str, Any]) -> float | None:
+    """ln V, the loss of a model that knows nothing."""
+    vocab = finite((raw.get("data") or {}).get("vocab"))
+    return math.log(vocab) if vocab else None
+
+
+def _pairs(settings: Mapping[str, Any] | None) -> Pairs:
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in (settings or {}).items())
+
+
+def _order(place: Pairs, axes: Mapping[str, list[Any]]) -> tuple[int, ...]:
+    """A place's position, as its axes were written."""
+    return tuple(
+        values.index(list(value) if isinstance(value, tuple) else value)
+        for (_, value), values in zip(place, axes.values(), strict=True)
+    )
+
+
+def _loss_of(track: Track) -> float:
+    return math.inf if track.best is None or track.best.loss is None else track.best.loss
+
+
+def _at(curve: list[Point], lr: float) -> Point:
+    return next(point for point in curve if point.lr == lr)
+
+
+def _mean_point(lr: float, points: list[Point]) -> Point:
+    losses = [point.loss for point in points if point.loss is not None]
+    whole = len(losses) == len(points)
+    return Point(lr, sum(losses) / len(losses) if whole else None, whole and all(point.stable for point in points))
+
+
+def _mean_reach(reaches: list[Reach]) -> Bound:
+    mean, at_least = geometric_mean([reach.lr for reach in reaches]), any(reach.open for reach in reaches)
+    high = None if at_least else mean.high
+    return Bound(value=mean.value, low=mean.low, high=high, seeds=mean.seeds, at_least=at_least)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
