@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from study_folders import SMALL, cells_in_process, everything, lines, outcomes
 
 from gptnorm.errors import UserError
 from gptnorm.lock import locked
-from gptnorm.study import pool, run
+from gptnorm.study import run
 from gptnorm.study.grid import Grid
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.run import run_study
+from gptnorm.study.tolerance import Tolerance
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm"]\nlrs = [0.01, 0.001]\nseeds = [3]\nworkers = 1\n'
-SMALL = ("train.steps=4", "watch.every=0", "train.eval_batches=1", "checkpoint.final=false")
 
 
 @pytest.fixture
@@ -37,32 +38,12 @@ def study(recipe, tmp_path):
 def in_process(request, monkeypatch):
     """Cells one after the other in this process, but where a test kills processes."""
 
-    def run_cells(wanted, shards, folder, workers, console):
-        while cells := wanted():
-            cell = cells[0]
-            yield cell, pool._run_cell(cell.config, shards, folder / cell.folder, cell.folder, cell.measured)
-
     if "kills" not in request.fixturenames:
-        monkeypatch.setattr(run, "run_cells", run_cells)
+        monkeypatch.setattr(run, "run_cells", cells_in_process)
 
 
 def ask(study, folder, *settings, ladder=None, **more):
     return run_study(Grid(ladder), str(study), (*SMALL, *settings), folder, Console(quiet=True), **more)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
-
-
-def everything(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def outcomes(folder):
-    """What each run came to, whenever it was made."""
-    rows = lines(folder)
-    assert len({row["run"] for row in rows}) == len(rows), "a run was made twice"
-    return {row["run"]: {k: v for k, v in row.items() if k not in ("seconds", "environment")} for row in rows}
 
 
 def test_a_study_that_is_done_is_left_alone(study, tmp_path):
@@ -205,16 +186,17 @@ def test_half_a_last_line(study, tmp_path, tail):
     assert json.loads(kept[-1])["run"] != json.loads(first)["run"]
 
 
+@pytest.mark.parametrize("kind", [Grid(), Tolerance()], ids=["grid", "tolerance"])
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_kill_9_again_and_again(study, tmp_path, kills):
+def test_kill_9_again_and_again(study, tmp_path, kills, kind):
     """Workers included. The ledger ends with the cells of a study that was left alone, each of them made once."""
-    seeds = f"study.seeds={list(range(kills))}"
-    straight, folder, draw = (
-        ask(study, tmp_path / "straight", seeds, "study.workers=2"),
-        tmp_path / "killed",
-        random.Random(1),
-    )
-    command = [sys.executable, "-m", "gptnorm", "study", "grid", str(study), *SMALL, seeds, "--dir", str(folder)]
+    seeds, quiet = f"study.seeds={list(range(1, kills + 1))}", Console(quiet=True)
+
+    def straight_on(folder):
+        return run_study(kind, str(study), (*SMALL, seeds, "study.workers=2"), folder, quiet)
+
+    straight, folder, draw = straight_on(tmp_path / "straight"), tmp_path / "killed", random.Random(1)
+    command = [sys.executable, "-m", "gptnorm", *kind.words, str(study), *SMALL, seeds, "--dir", str(folder)]
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     met, ended = 0, False
     while met < kills and not ended:
@@ -228,6 +210,6 @@ def test_kill_9_again_and_again(study, tmp_path, kills):
         assert process.returncode in (0, -signal.SIGKILL), error
         met, ended = met + (process.returncode != 0), process.returncode == 0
     assert met > 2, "the study ended before it was killed"
-    ask(study, folder, seeds)
+    straight_on(folder)
     assert outcomes(folder) == outcomes(straight)
     assert not (folder / "lock").exists()

@@ -1,0 +1,197 @@
+"""The tolerance study from its recipe to its ledger."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+from study_folders import SMALL, cells_in_process, everything, lines, outcomes
+
+from gptnorm.errors import UserError
+from gptnorm.recipe import load_recipe
+from gptnorm.study import run
+from gptnorm.study.asked import as_settings, parse_rates
+from gptnorm.study.ledger import OtherStudy
+from gptnorm.study.measures import Point
+from gptnorm.study.outcome import Stability
+from gptnorm.study.run import run_study
+from gptnorm.study.tolerance import Tolerance, point_of
+
+STUDY = """
+[study]
+title = "t"
+strategies = ["prenorm", "ngpt"]
+lrs = [0.001, 0.01]
+seeds = [3]
+workers = 1
+
+[study.search]
+reach = 0
+"""
+
+
+@pytest.fixture
+def study(recipe, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(recipe.read_text() + STUDY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    monkeypatch.setattr(run, "run_cells", cells_in_process)
+
+
+def ask(study, folder, *settings, **more):
+    return run_study(Tolerance(), str(study), (*SMALL, *settings), folder, Console(quiet=True), **more)
+
+
+def plan(path, *overrides):
+    recipe, kind = load_recipe(str(path)), Tolerance()
+    return kind.plan(recipe, kind.read(recipe, overrides), overrides)
+
+
+def test_seeds_that_pick_and_seeds_that_are_reported(study, tmp_path):
+    folder = ask(study, tmp_path / "out", "train.eval_batches=20")
+    rows = lines(folder)
+    assert {(row["strategy"], row["seed"]) for row in rows} == {(s, n) for s in ("prenorm", "ngpt") for n in (0, 3)}
+    for strategy in ("prenorm", "ngpt"):
+        rates = {seed: {r["lr"] for r in rows if (r["strategy"], r["seed"]) == (strategy, seed)} for seed in (0, 3)}
+        assert rates[0] <= rates[3], "study.report = all"
+        assert {0.001, 0.01} <= rates[0]
+    assert all(len(row["nonlinearity"]) == 1 and row["nonlinearity"][0] > 0 for row in rows)
+    asked = json.loads((folder / "study.json").read_text())["tolerance"]
+    assert (asked["pick"], asked["baseline"], asked["tune"], asked["map"]) == ([0], "prenorm", {}, {})
+    before = everything(folder)
+    ask(study, folder, "train.eval_batches=20")
+    assert everything(folder) == before
+
+
+def test_it_grows(study, tmp_path):
+    more = ("study.seeds=[4]", "study.lrs=[0.003,0.03]", 'study.strategies=["simplenorm"]')
+    folder = ask(study, tmp_path / "out")
+    first = (folder / "cells.jsonl").read_text()
+    ask(study, folder, *more)
+    assert (folder / "cells.jsonl").read_text().startswith(first)
+    whole = ask(study, tmp_path / "whole", "study.seeds=[3,4]", "study.lrs=[0.001,0.003,0.01,0.03]",
+                'study.strategies=["prenorm","ngpt","simplenorm"]')  # fmt: skip
+    grown, asked = outcomes(folder), outcomes(whole)
+    assert asked.items() <= grown.items(), "what a study of both makes, and what the first one tried beside that"
+
+
+def test_settings_are_tuned(study, tmp_path):
+    settings = ('study.tune.init.std=["published","twin"]', "study.tune.optim.weight_decay=[0.0,0.1]")
+    cells = plan(study, *settings).samples
+    variants = {name: [dict(c.setup.variant) for c in cells if c.strategy == name] for name in ("prenorm", "ngpt")}
+    # What the strategy has anyway is not tried twice: a twin init, and a decay of 0.1, for nGPT 0.
+    assert variants["prenorm"] == [
+        {},
+        {"init.std": "published", "optim.weight_decay": 0.0},
+        {"init.std": "published"},
+        {"optim.weight_decay": 0.0},
+    ]
+    assert variants["ngpt"] == [
+        {},
+        {"init.std": "published"},
+        {"init.std": "published", "optim.weight_decay": 0.1},
+        {"optim.weight_decay": 0.1},
+    ]
+    assert {(c.config.init.std, c.config.optim.weight_decay) for c in cells if c.strategy == "prenorm"} == {
+        (std, decay) for std in ("published", "twin") for decay in (0.0, 0.1)
+    }
+    folder = ask(study, tmp_path / "out", 'study.tune.init.std=["published"]', 'study.strategies=["prenorm"]')
+    tried = {json.dumps(row.get("variant", {})) for row in lines(folder) if row["seed"] == 0}
+    assert tried == {"{}", '{"init.std": "published"}'}
+    differing = json.loads((folder / "study.json").read_text())["settings"]["shared"]
+    assert differing["init.std"] == "twin", "what the strategy has as it comes"
+
+
+def test_places_are_compared(study):
+    cells = plan(study, "study.map.model.d_model=[16,32]", "study.map.train.steps=[4,8]").samples
+    assert len(cells) == 2 * 4
+    sizes = {(c.config.model.d_model, c.config.model.n_heads, c.config.model.d_ff, c.config.train.steps) for c in cells}
+    assert sizes == {(16, 2, 32, 4), (16, 2, 32, 8), (32, 4, 64, 4), (32, 4, 64, 8)}, "heads keep their width"
+    assert {c.label for c in cells} == {f"model.d_model={d},train.steps={n}" for d in (16, 32) for n in (4, 8)}
+    assert len({c.folder for c in cells}) == len(cells)
+
+
+def test_other_maps_are_another_study(study, tmp_path):
+    folder = ask(study, tmp_path / "out", "study.map.model.n_layers=[1]", 'study.strategies=["prenorm"]')
+    ask(study, folder, "study.map.model.n_layers=[2]", 'study.strategies=["prenorm"]')
+    assert {row["place"]["model.n_layers"] for row in lines(folder)} == {1, 2}
+    with pytest.raises(OtherStudy, match=r"settings in study\.map"):
+        ask(study, folder, "study.map.model.dropout=[0.0]", 'study.strategies=["prenorm"]')
+    with pytest.raises(OtherStudy, match=r"study\.pick = \[0\], not \[9\]"):
+        ask(study, folder, "study.pick=[9]", "study.map.model.n_layers=[1]")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["study.pick=[3]"], "study.seeds = [3]: must be other seeds"),
+        (["study.pick=[]"], "study.pick = []: must not be empty"),
+        (["study.lrs=[0.01]"], "study.lrs"),
+        (["study.baseline=foo"], "study.baseline = 'foo': must be one of prenorm, ngpt"),
+        (["study.report=most"], "study.report = 'most'"),
+        (["study.search.edge=1.0"], "study.search.edge = 1.0"),
+        (["study.search.foo=1.0"], "study.search.foo: unknown key"),
+        (["study.stability.rise=-1"], "study.stability.rise"),
+        (["study.tune.init.std=twin"], "study.tune.init.std = 'twin': must be a list"),
+        (["study.tune.init.std=[]"], "study.tune.init.std"),
+        (["study.tune.init.std=[0.1,0.1]"], "must not repeat an entry"),
+        (["study.tune.init.foo=[1]"], "init.foo: unknown key"),
+        (["study.tune.init.std=[-1.0]"], "init.std"),
+        (["study.map.optim.lr=[0.1]"], "study.map.optim.lr"),
+        (["study.map.data.path=[1]"], "study.map.data.path"),
+        (["study.map.model.d_model=[17]"], "study.map.model.d_model = 17"),
+        (['study.map.model.d_model=["a"]'], "study.map.model.d_model = 'a'"),
+        (["study.map.init.std=[0.1]", "study.tune.init.std=[0.2]"], "study.tune.init.std: is in study.map, too"),
+        (["study.tune.init.std=[0.2]", "init.std=0.3"], "init.std: the study sets it itself; see study.tune"),
+        (["study.depths=[1,2]"], "study.depths"),
+        (["study.tune=3"], "study.tune"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_made(study, tmp_path, settings, words):
+    with pytest.raises(UserError) as caught:
+        ask(study, tmp_path / "out", *settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_stand_for_settings():
+    found = as_settings(("a=1",), strategies="x, y", lrs="1e-3:1e-1", seeds=2)
+    assert found == ("a=1", 'study.strategies=["x", "y"]', "study.lrs=[0.001, 0.00316, 0.01, 0.0316, 0.1]",
+                     "study.seeds=[1, 2]")  # fmt: skip
+    assert as_settings(("study.pick=[0,2]",), strategies=None, lrs=None, seeds=3)[1:] == ("study.seeds=[1, 3, 4]",)
+    assert as_settings((), strategies=None, lrs=None, seeds=0) == ("study.seeds=[]",)
+    assert parse_rates("1e-3, 2e-2") == (1e-3, 2e-2)
+    with pytest.raises(UserError, match=r"--seeds and study\.seeds say the same"):
+        as_settings(("study.seeds=[1]",), strategies=None, lrs=None, seeds=2)
+
+
+@pytest.mark.parametrize("text", ["", ":", "1:", "a", "1:2:3", "3:1", "0:1", "-1", "nan", "inf", "1,,2"])
+def test_rates_that_are_none(text):
+    with pytest.raises(UserError, match="--lrs"):
+        parse_rates(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "stable"),
+    [
+        ({"status": "finished", "val_loss": 2.0, "tail_loss": 2.0, "lowest_loss": 1.9}, True),
+        ({"status": "finished", "val_loss": 2.95, "tail_loss": 2.0, "lowest_loss": 1.9}, False),
+        ({"status": "finished", "val_loss": 2.5, "tail_loss": 2.5, "lowest_loss": 1.9}, False),
+        ({"status": "finished", "val_loss": None, "tail_loss": 2.0, "lowest_loss": 1.9}, False),
+        ({"status": "diverged", "val_loss": None, "tail_loss": None, "lowest_loss": None}, False),
+        ({"status": "diverged", "val_loss": 2.0, "tail_loss": 2.0, "lowest_loss": 2.0}, False),
+    ],
+)
+def test_a_line_as_a_point(line, stable):
+    point = point_of({"lr": 0.1, **line}, Stability(), 3.0)
+    loss = line["val_loss"] if line["status"] == "finished" else None
+    assert point == Point(0.1, loss, stable)
+    if line["tail_loss"] == 2.5:
+        assert point_of({"lr": 0.1, **line}, Stability(rise=math.inf), 3.0).stable
