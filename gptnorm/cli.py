@@ -175,6 +175,54 @@ def inspect(
     print_probe(found, reading, dtype, console)
 
 
+@app.command("eval")
+@RUN
+@SETTINGS
+@click.option("--data", "texts", metavar="SOURCE", multiple=True, help="Text to score; several give a row each.")
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint; default: the newest, 0: initialisation.")
+@click.option("--documents", type=click.Choice(["separate", "stream"]), default="separate", help="What is context.")
+@click.option("--window", type=click.IntRange(1, 2**31), help="Tokens read at once; default: train.seq_len.")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window; default: half a window.")
+@click.option("--tokens", metavar="COUNT", help="Score so many of each text at most, such as 250k or 10M.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every number here.")
+def evaluate(
+    run: Path,
+    settings: tuple[str, ...],
+    texts: tuple[str, ...],
+    step: int | None,
+    documents: Literal["separate", "stream"],
+    window: int | None,
+    stride: int | None,
+    tokens: str | None,
+    json_path: Path | None,
+) -> None:
+    """Perplexity and bits per byte of the run in folder RUN, on its validation split or on any text.
+
+    SOURCE is anything that data.path takes; the run's own tokenizer reads it. Of the text that the run was trained on
+    only the validation split is scored. KEY=VALUE sets how it is computed, such as train.device=cpu or
+    train.batch_size=8. See docs/evaluate.md for every number.
+    """
+    from gptnorm.evaluate.command import print_evaluation, run_eval
+    from gptnorm.probe.show import dump
+
+    if json_path is not None and not json_path.parent.is_dir():
+        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    found = run_eval(
+        run,
+        settings,
+        texts,
+        step=step,
+        mode=documents,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        console=console,
+    )
+    print_evaluation(found, console)
+    if json_path is not None:
+        write("--json", json_path, dump(found.record()))
+
+
 @app.command()
 @RECIPE
 @SETTINGS

@@ -74,7 +74,7 @@ def prepare(config: DataConfig, watcher: Watcher | None = None) -> Shards:
     Raises:
         UserError: a setting or a file is no good; nothing is left behind.
     """
-    if (ready := _ready_folder(config)) is not None:
+    if (ready := ready_folder(config)) is not None:
         return Shards.open(ready)
     _refuse_hub(config)
     watcher = watcher or Lines(Console())
@@ -131,7 +131,12 @@ def cache_folder(config: DataConfig) -> Path:
     return expand("~/.cache/gptnorm")
 
 
-def _ready_folder(config: DataConfig) -> Path | None:
+def ready_folder(config: DataConfig) -> Path | None:
+    """The folder of ready shards that `data.path` is, None where it is anything else.
+
+    Raises:
+        UserError: the folder is half built.
+    """
     if not isinstance(config.path, str):
         return None
     folder = expand(config.path)

@@ -136,12 +136,16 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         h_BTD, _ = self._run(tokens_BT)
-        return _capped(self.head(h_BTD), self.logits.softcap)
+        return self.read_out(h_BTD)
 
     def features(self, tokens_BT: Tensor) -> Tensor:
         """What the head reads, (B, T, d)."""
         h_BTD, _ = self._run(tokens_BT)
         return h_BTD
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """The logits of features, (…, d) → (…, V), each position for itself."""
+        return _capped(self.head(h), self.logits.softcap)
 
     def loss(self, tokens_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats of predicting tokens 1 … T-1 from those before them.

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from gptnorm.config import Config
 from gptnorm.data import Sampler, prepare
-from gptnorm.errors import UserError, bad_value
-from gptnorm.model import GPT, build_gpt
-from gptnorm.recipe import load_recipe, parse_overrides, to_tree
-from gptnorm.tables import flatten, merge
-from gptnorm.train.checkpoint import checkpoint_at, latest_checkpoint, load_model
+from gptnorm.errors import bad_value
+from gptnorm.model import GPT
+from gptnorm.recipe import load_recipe
 from gptnorm.train.inputs import check_ids, check_vocab, resolve_device
 from gptnorm.train.run_folder import RunFolder
-from gptnorm.typed import read_table
+from gptnorm.train.snapshot import Snapshot, open_snapshot, run_config
 
 DTypeName = Literal["fp32", "fp64"]
 DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
@@ -54,13 +52,7 @@ def find_config(name: str, settings: Iterable[str] = ()) -> tuple[Config, RunFol
     if not path.is_dir():
         return load_recipe(name).resolve(settings), None
     folder = RunFolder.open(path)
-    overrides = parse_overrides(settings)
-    for key, value in flatten(overrides).items():
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in OF_THE_BATCH):
-            raise bad_value(key, value, f"a run is measured as it was trained; may be set: {', '.join(OF_THE_BATCH)}")
-    tree = to_tree(folder.config())
-    merge(tree, overrides)
-    return read_table(Config, tree), folder
+    return run_config(folder.config(), settings, OF_THE_BATCH, "a run is measured as it was trained"), folder
 
 
 def open_source(
@@ -82,11 +74,7 @@ def open_source(
     """
     if folder is None and step:
         raise bad_value("--step", step, "needs a run folder; a recipe is measured at initialisation")
-    checkpoint = None
-    if folder is not None and step != 0:
-        checkpoint = checkpoint_at(folder.checkpoints, step) if step else latest_checkpoint(folder.checkpoints)
-        if checkpoint is None:
-            raise UserError(f"{name}: has no checkpoint to measure; --step 0 measures its initialisation")
+    snapshot = Snapshot(config=config) if folder is None else open_snapshot(folder, config, step)
     train = config.train
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -103,13 +91,10 @@ def open_source(
         tokens = torch.randint(0, vocab, (batch_size, train.seq_len + 1), generator=generator)
     else:
         tokens = check_ids(text.batch(0), vocab)
-    model = build_gpt(config, vocab=vocab, device=device)
-    done = 0
-    if checkpoint is not None:
-        done = int(load_model(checkpoint, model)["step"])
+    model = snapshot.model(vocab=vocab, device=device)
     return Source(
         name=name,
-        step=done,
+        step=snapshot.step,
         config=config,
         text="uniform random tokens" if random_tokens else _text_name(config),
         model=model.to(DTYPES[dtype]),

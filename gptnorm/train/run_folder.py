@@ -91,7 +91,12 @@ class RunFolder:
             UserError: there is none, or a file of it is a symbolic link (a stranger's folder could have us write
                 through it).
         """
-        if not (path / "config.toml").is_file():
+        try:
+            is_run = (path / "config.toml").is_file()
+        except OSError as error:
+            # A name that is too long for a file, or a folder that may not be entered.
+            raise UserError(f"{path}: not a run folder ({error.strerror})") from None
+        if not is_run:
             raise UserError(f"{path}: not a run folder (it has no config.toml)")
         checkpoints = path / "checkpoints"
         inside = checkpoints.iterdir() if checkpoints.is_dir() and not checkpoints.is_symlink() else ()
