@@ -22,6 +22,7 @@ from gptnorm.errors import EXIT_DIVERGED, EXIT_USER_ERROR, SharedError, UserErro
 
 if TYPE_CHECKING:
     from gptnorm.config import Config
+    from gptnorm.study.run import Kind
     from gptnorm.train.loop import Result
     from gptnorm.train.stop import StopWish
 
@@ -269,8 +270,6 @@ def plan(
 @SETTINGS
 def quickstart(settings: tuple[str, ...]) -> None:
     """Compare three strategies over learning rates, in minutes on a laptop."""
-    from gptnorm.report import load_study, rich_table
-    from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import Grid
     from gptnorm.study.ledger import OtherStudy
     from gptnorm.study.run import run_study
@@ -281,9 +280,7 @@ def quickstart(settings: tuple[str, ...]) -> None:
         ask(folder)
     except OtherStudy:
         ask(folder, fresh=True)
-    report = write_study_report(folder)
-    console.print(rich_table(load_study(folder)))
-    say(f"report: {report}")
+    tell(folder)
 
 
 @app.group()
@@ -295,6 +292,7 @@ STUDY_DIR = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
 )
 FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside.")
+PART = click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'.")
 
 
 @study.command()
@@ -302,20 +300,16 @@ FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier stud
 @SETTINGS
 @STUDY_DIR
 @FRESH
-def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
+@PART
+def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
     """Every strategy at every learning rate with every seed, such as 'study/catalogue'.
 
     RECIPE has a [study] table.
     """
-    from gptnorm.report import load_study, rich_table
-    from gptnorm.report.html import write_study_report
     from gptnorm.study.grid import Grid
-    from gptnorm.study.run import run_study
 
-    folder = run_study(Grid(), recipe, settings, folder or Path("runs/study-grid"), console, fresh=fresh)
-    report = write_study_report(folder)
-    console.print(rich_table(load_study(folder)))
-    say(f"report: {report}")
+    which, folder = share(part, folder or Path("runs/study-grid"))
+    run_and_tell(Grid(part=which), recipe, settings, folder, fresh)
 
 
 @study.command()
@@ -323,12 +317,13 @@ def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: boo
 @SETTINGS
 @STUDY_DIR
 @FRESH
-def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
+@PART
+def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
     """A ladder of widths (study.widths) under each width rule (study.rules), such as 'study/width'.
 
     RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
     """
-    climb("width", recipe, settings, folder, fresh)
+    climb("width", recipe, settings, folder, fresh, part)
 
 
 @study.command()
@@ -336,12 +331,13 @@ def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bo
 @SETTINGS
 @STUDY_DIR
 @FRESH
-def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool) -> None:
+@PART
+def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
     """A ladder of depths (study.depths), such as 'study/depth', with gradients and cosines block by block.
 
     RECIPE has a [study] table.
     """
-    climb("depth", recipe, settings, folder, fresh)
+    climb("depth", recipe, settings, folder, fresh, part)
 
 
 @study.command()
@@ -352,6 +348,7 @@ def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bo
 @click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
 @STUDY_DIR
 @FRESH
+@PART
 def tolerance(
     recipe: str,
     settings: tuple[str, ...],
@@ -360,6 +357,7 @@ def tolerance(
     seeds: int | None,
     folder: Path | None,
     fresh: bool,
+    part: str | None,
 ) -> None:
     """How far each strategy's learning rate can be pushed, such as 'study/tolerance'.
 
@@ -367,29 +365,69 @@ def tolerance(
     training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
     beside the rate, and where strategies are compared; see docs/tolerance.md.
     """
-    from gptnorm.report.html import write_study_report
     from gptnorm.study.asked import as_settings
-    from gptnorm.study.run import run_study
     from gptnorm.study.tolerance import Tolerance
 
     asked = as_settings(settings, strategies=strategies, lrs=lrs, seeds=seeds)
-    folder = run_study(Tolerance(), recipe, asked, folder or Path("runs/study-tolerance"), console, fresh=fresh)
-    report = write_study_report(folder)
-    say(f"report: {report}")
+    which, folder = share(part, folder or Path("runs/study-tolerance"))
+    run_and_tell(Tolerance(part=which), recipe, asked, folder, fresh)
+
+
+@study.command()
+@click.argument("parts", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the whole study.")
+def join(parts: tuple[Path, ...], folder: Path) -> None:
+    """Put studies together that were made in several folders, such as the parts of a job array.
+
+    Their runs must be comparable: the same recipe, settings and text.
+    """
+    from gptnorm.report.format import plural
+    from gptnorm.study.join import join_studies
+
+    added = join_studies(parts, folder)
+    tell(folder)
+    say(f"{plural(added, 'run')} added")
 
 
 def climb(
-    axis: Literal["depth", "width"], recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool
+    axis: Literal["depth", "width"],
+    recipe: str,
+    settings: tuple[str, ...],
+    folder: Path | None,
+    fresh: bool,
+    part: str | None,
 ) -> None:
-    """Runs a ladder, prints its tables and writes its report."""
-    from gptnorm.report import load_ladder, rich_ladder
-    from gptnorm.report.html import write_study_report
+    """Runs a ladder."""
     from gptnorm.study.grid import Grid
+
+    which, folder = share(part, folder or Path("runs") / f"study-{axis}")
+    run_and_tell(Grid(axis, which), recipe, settings, folder, fresh)
+
+
+def share(part: str | None, folder: Path) -> tuple[tuple[int, int], Path]:
+    """Which part of a study is to be run, and its folder."""
+    from gptnorm.study.join import parse_part, part_folder
+
+    if part is None:
+        return (1, 1), folder
+    which = parse_part(part)
+    return which, part_folder(folder, which)
+
+
+def run_and_tell(kind: Kind, recipe: str, settings: tuple[str, ...], folder: Path, fresh: bool) -> None:
+    """Runs a study, prints its tables and writes its report."""
     from gptnorm.study.run import run_study
 
-    folder = run_study(Grid(axis), recipe, settings, folder or Path("runs") / f"study-{axis}", console, fresh=fresh)
+    tell(run_study(kind, recipe, settings, folder, console, fresh=fresh))
+
+
+def tell(folder: Path) -> None:
+    """Prints a study's tables and writes its report."""
+    from gptnorm.report import rich_study
+    from gptnorm.report.html import write_study_report
+
     report = write_study_report(folder)
-    console.print(rich_ladder(load_ladder(folder)))
+    console.print(rich_study(folder))
     say(f"report: {report}")
 
 

@@ -40,7 +40,11 @@ def test_commands_exist(page: Path) -> None:
     from gptnorm.cli import app
     from gptnorm.recipe import load_recipe
     from gptnorm.strategies import STRATEGIES
-    from gptnorm.study.grid import Grid, make_cells
+    from gptnorm.study.asked import as_settings
+    from gptnorm.study.grid import Grid
+    from gptnorm.study.tolerance import Tolerance
+
+    kinds = {"grid": Grid(), "depth": Grid("depth"), "width": Grid("width"), "tolerance": Tolerance()}
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in "\n".join(blocks(page, "bash")).splitlines():
@@ -55,11 +59,15 @@ def test_commands_exist(page: Path) -> None:
                 load_recipe(words[2]).resolve([word for word in words[3:] if "=" in word])
             if words[1] == "strategies" and len(words) > 2:
                 assert words[2] in STRATEGIES, line
-            if words[1] == "study":
-                settings = tuple(word for word in shlex.split(line, comments=True)[4:] if "=" in word)
-                ladder = {"grid": None, "depth": "depth", "width": "width"}[words[2]]
-                recipe = load_recipe(words[3])
-                make_cells(recipe, Grid(ladder).read(recipe, settings), settings)
+            if words[1] == "study" and words[2] != "join":
+                arguments = shlex.split(line, comments=True)[4:]
+                settings = tuple(word for word in arguments if "=" in word)
+                given = dict(zip(arguments, arguments[1:], strict=False))
+                settings = as_settings(
+                    settings, strategies=given.get("--strategies"), lrs=given.get("--lrs"), seeds=None
+                )
+                recipe, kind = load_recipe(words[3]), kinds[words[2]]
+                kind.plan(recipe, kind.read(recipe, settings), settings)
 
 
 def test_tables_are_those_of_their_ledgers() -> None:

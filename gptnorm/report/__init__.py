@@ -10,10 +10,20 @@ Nothing here trains, and no strategy is known by name: names come from the data.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rich.console import RenderableType
+
 from gptnorm.report.ladder import Ladder, is_ladder, load_ladder
 from gptnorm.report.ladder_table import markdown_ladder, rich_ladder
 from gptnorm.report.results import Study, load_study
 from gptnorm.report.table import markdown_table, rich_table
+
+
+def rich_study(folder: str | Path) -> RenderableType:
+    """The tables of a study of any kind for the terminal; UserError where the folder holds none."""
+    return rich_ladder(load_ladder(folder)) if is_ladder(folder) else rich_table(load_study(folder))
+
 
 __all__ = [
     "Ladder",
@@ -24,5 +34,6 @@ __all__ = [
     "markdown_ladder",
     "markdown_table",
     "rich_ladder",
+    "rich_study",
     "rich_table",
 ]

@@ -15,6 +15,7 @@ from gptnorm.errors import UserError
 from gptnorm.recipe import Recipe
 from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig, read_table_of, refuse_other_ladders
+from gptnorm.study.join import Part
 from gptnorm.study.ladder import SETS, Axis, Rung, depth_rungs, width_rungs
 from gptnorm.study.ledger import Facts
 from gptnorm.study.run import Lines
@@ -26,6 +27,8 @@ class Grid:
 
     ladder: Axis | None = None
     """What changes from rung to rung; None: a single grid."""
+    part: Part = (1, 1)
+    """The runs to make, K of N, every Nth; the rest is somebody else's."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ class Grid:
 
     def plan(self, recipe: Recipe, study: StudyConfig, overrides: tuple[str, ...]) -> GridPlan:
         """Every cell with its settings."""
-        return GridPlan(study, make_cells(recipe, study, overrides))
+        return GridPlan(study, make_cells(recipe, study, overrides), self.part)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,12 @@ class GridPlan:
     study: StudyConfig
     samples: list[Cell]
     """All its cells."""
+    part: Part
 
     def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
-        """Those that have not ended."""
-        return [cell for cell in self.samples if cell.folder not in done]
+        """Those of the part that have not ended."""
+        number, parts = self.part
+        return [cell for cell in self.samples[number - 1 :: parts] if cell.folder not in done]
 
     def describe(self) -> dict[str, Any]:
         """The ladder, if it is one."""

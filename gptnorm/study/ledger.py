@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,14 @@ class Ledger:
         UserError: another process works on it, it holds something else, or it cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, beside: Sequence[str] = ()) -> None:
+        """Args: beside: names of what may stand in the folder beside a study's own files."""
         self.folder = folder
+        self._beside = {"lock", *beside}
         self.earlier: Facts | None = None
         """What was asked before; None in a new folder."""
         self.done: dict[str, dict[str, Any]] = {}
         """The line of each run that has ended, by the run's folder."""
-        self._environment = 0
 
     def __enter__(self) -> Ledger:
         ancestors = (self.folder, *self.folder.parents)
@@ -73,24 +74,29 @@ class Ledger:
     def __exit__(self, *error: object) -> None:
         self._release()
 
-    def begin(self, facts: Facts) -> None:
+    def begin(self, facts: Facts) -> list[int]:
         """Records what is asked now, beside what was asked before.
+
+        Returns:
+            The place of each environment of `facts` among those of the study.
 
         Raises:
             OtherStudy: runs of the two would not be comparable.
         """
         facts = json.loads(json.dumps(facts))
-        (here,) = facts["environments"]
+        here = facts["environments"]
         if self.earlier is not None:
             refuse_another(self.earlier, facts, self.folder)
             facts = joined(self.earlier, facts)
-        self._environment = facts["environments"].index(here)
+        else:
+            facts["seconds"] = None
         self.earlier = facts
         self._write(facts)
+        return [facts["environments"].index(environment) for environment in here]
 
-    def add(self, run: str, **fields: Any) -> None:
-        """The line of a run that has ended, on the disk before it returns."""
-        line = {**fields, "run": run, "environment": self._environment}
+    def add(self, run: str, *, environment: int, **fields: Any) -> None:
+        """The line of a run that has ended in that environment, on the disk before it returns."""
+        line = {**fields, "run": run, "environment": environment}
         with (self.folder / "cells.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -108,13 +114,11 @@ class Ledger:
 
     def _read(self) -> None:
         if (self.folder / "study.json").is_file():
-            self.earlier = read_object(self.folder / "study.json")
-            if not _is_whole(self.earlier):
-                raise bad_value("--dir", str(self.folder), "its study.json lacks what is needed to go on; name another")
+            self.earlier = read_facts(self.folder)
             _end_the_last_line(self.folder / "cells.jsonl")
             lines = read_lines(self.folder / "cells.jsonl")
             self.done = {line["run"]: line for line in lines if isinstance(line.get("run"), str)}
-        elif any(path.name != "lock" for path in self.folder.iterdir()):
+        elif any(path.name not in self._beside for path in self.folder.iterdir()):
             raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
 
     def _release(self) -> None:
@@ -125,6 +129,14 @@ class Ledger:
         with contextlib.suppress(OSError):  # only what nothing was written into
             for folder in self._new:
                 folder.rmdir()
+
+
+def read_facts(folder: Path) -> Facts:
+    """A folder's study.json; UserError if it is not there, or lacks what a study goes on with."""
+    facts = read_object(folder / "study.json")
+    if not _is_whole(facts):
+        raise bad_value("--dir", str(folder), "its study.json lacks what is needed to go on; name another")
+    return facts
 
 
 def refuse_another(earlier: Facts, facts: Facts, folder: Path) -> None:

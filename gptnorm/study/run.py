@@ -118,7 +118,7 @@ def run_study(
             stack.close()
             _move_aside(folder)
             ledger = stack.enter_context(Ledger(folder))
-        ledger.begin(facts)
+        (environment,) = ledger.begin(facts)
 
         def wanted() -> list[Cell]:
             return plan.wanted(ledger.done, facts["unigram_entropy"])
@@ -129,7 +129,7 @@ def run_study(
         started = time.monotonic()
         try:
             for cell, outcome in run_cells(wanted, shards.folder, folder, workers, console):
-                ledger.add(cell.folder, **cell.facts, **_line(outcome))
+                ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
         finally:
             ledger.spent(time.monotonic() - started)
     return folder

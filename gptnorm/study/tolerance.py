@@ -19,6 +19,7 @@ from gptnorm.report.records import finite
 from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides
 from gptnorm.study.config import Axes, ToleranceConfig, read_axes, read_table_of, refuse_other_ladders
 from gptnorm.study.grid import SET_BY_STUDY, shared_overrides
+from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
 from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
@@ -31,6 +32,8 @@ from gptnorm.study.run import Lines
 class Tolerance:
     """The kind of study (`gptnorm.study.run.Kind`) that the module is about."""
 
+    part: Part = (1, 1)
+    """Which strategies and places to run, K of N, every Nth; the rest is somebody else's."""
     words: tuple[str, ...] = ("study", "tolerance")
 
     def read(self, recipe: Recipe, overrides: tuple[str, ...]) -> ToleranceConfig:
@@ -64,14 +67,15 @@ class Tolerance:
 
     def plan(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> TolerancePlan:
         """The study with its settings resolved; UserError where one is wrong."""
-        return TolerancePlan(recipe, study, overrides)
+        return TolerancePlan(recipe, study, overrides, self.part)
 
 
 class TolerancePlan:
     """A tolerance study's `gptnorm.study.run.Plan`."""
 
-    def __init__(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> None:
+    def __init__(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...], part: Part = (1, 1)) -> None:
         self.study = study
+        self._part = part
         self._recipe = recipe
         self._tune, self._map = (read_axes(getattr(study, key), f"study.{key}") for key in ("tune", "map"))
         set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **dict.fromkeys(self._map, "map")}
@@ -104,13 +108,14 @@ class TolerancePlan:
         }
 
     def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
-        """The cells to run now, those of all groups in turn, so that every strategy grows alike."""
+        """The cells to run now, those of the part's groups in turn, so that every strategy grows alike."""
 
         def known(run: Run) -> Point | None:
             line = done.get(self._cell(run).folder)
             return None if line is None else point_of(line, self.study.stability, entropy)
 
-        runs = [wanted_runs(group, known, self.study) for group in self._groups]
+        number, parts = self._part
+        runs = [wanted_runs(group, known, self.study) for group in self._groups[number - 1 :: parts]]
         in_turn = itertools.chain.from_iterable(itertools.zip_longest(*runs))
         return [self._cell(run) for run in in_turn if run is not None]
 

@@ -1,0 +1,69 @@
+"""A study that was made in several folders, on several machines, as one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptnorm.errors import UserError, bad_value
+from gptnorm.report.records import read_lines
+from gptnorm.study.ledger import Ledger, read_facts
+
+Part = tuple[int, int]
+"""K of N, from 1."""
+
+
+def parse_part(text: str) -> Part:
+    """ "3/16" as (3, 16); UserError for anything else."""
+    left, slash, right = text.partition("/")
+    if not slash or not left.isdecimal() or not right.isdecimal() or not 1 <= int(left) <= int(right):
+        raise bad_value("--part", text, "must be K/N with 1 <= K <= N, such as 3/16")
+    return int(left), int(right)
+
+
+def part_folder(folder: Path, part: Part) -> Path:
+    """Where a part of a study is kept."""
+    return folder / f"part-{part[0]}-of-{part[1]}"
+
+
+def join_studies(parts: Sequence[Path], folder: Path) -> int:
+    """Adds the runs of study folders to a study's folder, which is made if there is none.
+
+    A run that is there already is left alone, so that joining again adds what is new. The folders of the runs are
+    copied, without checkpoints.
+
+    Returns:
+        How many runs were added.
+
+    Raises:
+        UserError: a part is no study. OtherStudy: its runs and those of the others would not be comparable.
+    """
+    for part in parts:
+        if part.resolve() == folder.resolve():
+            raise UserError(f"{part}: is joined into itself")
+    found = [(part, read_facts(part)) for part in parts]
+    added = 0
+    # The parts' own folders may stand in the folder that they are joined into.
+    with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
+        for part, facts in found:
+            lines = [line for line in read_lines(part / "cells.jsonl") if isinstance(line.get("run"), str)]
+            new = [line for line in {line["run"]: line for line in lines}.values() if line["run"] not in ledger.done]
+            places = ledger.begin(facts)
+            for line in new:
+                run, environment = line.pop("run"), line.pop("environment", 0)
+                _copy_run(part, folder, run)
+                ledger.add(run, **line, environment=places[environment])
+            if new:
+                ledger.spent(facts["seconds"] or 0.0)
+            added += len(new)
+    return added
+
+
+def _copy_run(part: Path, folder: Path, run: str) -> None:
+    source, target = part / run, folder / run
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{part / 'cells.jsonl'}: names a run outside its folder: {run!r}")
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))

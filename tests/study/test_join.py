@@ -1,0 +1,137 @@
+"""A study in parts is the study in one piece."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import PATIENCE, environment
+from processes import run as launch
+from rich.console import Console
+from study_folders import SMALL, cells_in_process, everything, lines, outcomes
+
+from gptnorm.errors import UserError
+from gptnorm.study import run
+from gptnorm.study.grid import Grid
+from gptnorm.study.join import join_studies, parse_part, part_folder
+from gptnorm.study.ledger import OtherStudy
+from gptnorm.study.run import run_study
+from gptnorm.study.tolerance import Tolerance
+
+STUDY = """
+[study]
+title = "t"
+strategies = ["prenorm", "ngpt", "simplenorm"]
+lrs = [0.001, 0.01]
+seeds = [3]
+workers = 1
+"""
+
+
+@pytest.fixture
+def study(recipe, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(recipe.read_text() + STUDY)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    monkeypatch.setattr(run, "run_cells", cells_in_process)
+
+
+@pytest.mark.parametrize("kind", [Grid, Tolerance])
+def test_parts_make_the_whole(study, tmp_path, kind):
+    settings = (*SMALL, *(["study.search.reach=0"] if kind is Tolerance else []))
+    quiet = Console(quiet=True)
+    whole = run_study(kind(), str(study), settings, tmp_path / "whole", quiet)
+    out = tmp_path / "out"
+    parts = [
+        run_study(kind(part=(k, 2)), str(study), settings, part_folder(out, (k, 2)), quiet) for k in (1, 2)
+    ]  # fmt: skip
+    assert not outcomes(parts[0]).keys() & outcomes(parts[1]).keys()
+    assert join_studies(parts, out) == len(lines(whole))
+    assert outcomes(out) == outcomes(whole)
+    made = {path for path in everything(whole) if path.name == "metrics.jsonl"}
+    assert len(made) == len(lines(whole))
+    assert made <= everything(out).keys()
+    facts = json.loads((out / "study.json").read_text())
+    assert facts["seconds"] == pytest.approx(sum(json.loads((p / "study.json").read_text())["seconds"] for p in parts))
+    before = everything(out)
+    assert join_studies(parts, out) == 0
+    assert everything(out) == before
+    run_study(kind(), str(study), settings, out, quiet)
+    assert outcomes(out) == outcomes(whole), "nothing is left to be done"
+
+
+def test_studies_of_two_machines(study, tmp_path):
+    quiet = Console(quiet=True)
+    mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", quiet)
+    theirs = run_study(Grid(), str(study), (*SMALL, "study.seeds=[3,4]"), tmp_path / "theirs", quiet)
+    facts = json.loads((theirs / "study.json").read_text())
+    facts["environments"][0]["device"] = "another"
+    (theirs / "study.json").write_text(json.dumps(facts))
+    assert join_studies([theirs], mine) == 6
+    assert {row["seed"]: row["environment"] for row in lines(mine)} == {3: 0, 4: 1}
+    assert [e["device"] for e in json.loads((mine / "study.json").read_text())["environments"]][1] == "another"
+
+
+def test_what_does_not_go_together(study, tmp_path):
+    quiet = Console(quiet=True)
+    mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", quiet)
+    other = run_study(Grid(), str(study), (*SMALL, "train.steps=5"), tmp_path / "other", quiet)
+    before = everything(mine)
+    with pytest.raises(OtherStudy, match=r"train\.steps = 4, not 5"):
+        join_studies([other], mine)
+    with pytest.raises(UserError, match="joined into itself"):
+        join_studies([mine], mine)
+    with pytest.raises(UserError, match="no such file"):
+        join_studies([tmp_path / "none"], mine)
+    stranger = tmp_path / "stranger"
+    shutil.copytree(mine, stranger)
+    line = {**lines(mine)[0], "run": "../../away"}
+    (stranger / "cells.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="outside its folder"):
+        join_studies([stranger], mine)
+    assert everything(mine) == before
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "1/2/3", "-1/2"])
+def test_parts_that_are_none(text):
+    with pytest.raises(UserError, match=r"--part"):
+        parse_part(text)
+
+
+def test_a_part():
+    assert parse_part("3/16") == (3, 16)
+
+
+def test_a_job_array(study, tmp_path):
+    """SLURM is stood in for by its two variables; everything else is real."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "gptnorm"
+    command.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -m gptnorm "$@"\n')
+    command.chmod(0o755)
+    root = Path(__file__).parents[2]
+    array = root / "recipes" / "cluster" / "study.sbatch"
+    words = ["bash", str(array), str(tmp_path / "out"), "grid", str(study), *SMALL]
+    for number in ("1", "2"):
+        where = environment(
+            PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            SLURM_ARRAY_TASK_ID=number,
+            SLURM_ARRAY_TASK_COUNT="2",
+            OMP_NUM_THREADS="1",
+        )
+        done = subprocess.run(words, capture_output=True, text=True, env=where, check=False, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+    parts = sorted((tmp_path / "out").glob("part-*"))
+    done = launch("study", "join", *parts, "--dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "6 runs added" in done.stdout
+    assert len(outcomes(tmp_path / "out")) == 6
+    assert (tmp_path / "out" / "report.html").is_file()
