@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -62,7 +63,7 @@ def test_commands_exist(page: Path) -> None:
             if words[1] == "study" and words[2] != "join":
                 arguments = shlex.split(line, comments=True)[4:]
                 settings = tuple(word for word in arguments if "=" in word)
-                given = dict(zip(arguments, arguments[1:], strict=False))
+                given = dict(itertools.pairwise(arguments))
                 settings = as_settings(
                     settings, strategies=given.get("--strategies"), lrs=given.get("--lrs"), seeds=None
                 )
