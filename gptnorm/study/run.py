@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from gptnorm.study.config import StudyConfig
 from gptnorm.study.facts import describe_study
 from gptnorm.study.ledger import Facts, Ledger
 from gptnorm.study.pool import Outcome, run_cells
+from gptnorm.study.workers import workers_for
 from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
 
 Lines = Mapping[str, Mapping[str, Any]]
@@ -125,7 +125,7 @@ def run_study(
 
         if not wanted():
             return folder
-        workers = study.workers or (1 if device.type == "cuda" else _cores())
+        workers = study.workers or workers_for(plan.samples, device, check_vocab(config, shards))
         started = time.monotonic()
         try:
             for cell, outcome in run_cells(wanted, shards.folder, folder, workers, console):
@@ -154,11 +154,6 @@ def _check(samples: list[Cell], shards: Shards) -> None:
         if kind not in built:
             built.add(kind)
             build_gpt(cell.config, vocab=check_vocab(cell.config, shards), device="meta")
-
-
-def _cores() -> int:
-    """Cores that this process may use, where the system tells (Linux), else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _move_aside(folder: Path) -> None:
