@@ -1,12 +1,13 @@
 r"""How far the feed-forward of each block is from an affine map: $1 - R^2$.
 
-With $x_t$ what the feed-forward of a block reads for token t and $y_t$ what it returns,
+With $x_t$ what the feed-forward of a block reads for token t and $y_t$ what it returns, over n tokens,
 
-$$1 - R^2 = \frac{\sum_t \lVert y_t - A x_t - b \rVert^2}{\sum_t \lVert y_t - \bar y \rVert^2},$$
+$$1 - R^2 = \frac{n - 1}{n - r} \cdot
+    \frac{\min_{A, b} \sum_t \lVert y_t - A x_t - b \rVert^2}{\sum_t \lVert y_t - \bar y \rVert^2},$$
 
-where A, b fit $y$ best on one half of the tokens (every second one) and the sums go over the other half, $\bar y$ being
-its mean. 0 is an affine map; 1 is a map whose output no affine map of its input tells anything about. Fitted on n
-tokens it comes out too high by a factor of about $1 + (d + 1) / n$.
+the adjusted coefficient of determination, r being the rank of $(x_t, 1)$. 0 is an affine map, 1 a map whose output no
+affine map of its input tells anything about. Directions in which x varies $10^{-12}$ times as much as in its largest
+(second moments) count as none.
 
 x is what the wiring hands to the feed-forward: after the norm where a strategy norms before the branch, the bare stream
 where it does not. A norm inside the branch thus counts as part of its nonlinearity, one before it does not.
@@ -17,6 +18,7 @@ Source: ours. SimpleGPT credits part of its gain to more effective nonlinearity 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +29,14 @@ from gptnorm.probe.measures import exact
 from gptnorm.probe.trace import blocks_of, on_input, on_output, watchable
 
 TOKENS_PER_FEATURE = 40
-"""Tokens that should be measured for each feature of the stream, half of them for the fit."""
+"""Tokens that should be measured for each feature of the stream."""
+
+NEGLIGIBLE = 1e-12
+"""Ratio of eigenvalues of the second moments below which a direction counts as none."""
 
 
-class _Sums:
-    """Second moments of (x, 1, y), from which a fit and its error follow without the tokens, in fp64."""
+class _Moments:
+    """Second moments of (x, 1) and y, from which a fit and its error follow without the tokens, in fp64."""
 
     def __init__(self) -> None:
         self.xx: Tensor | None = None
@@ -46,14 +51,30 @@ class _Sums:
         self.xy = x.mT @ y + (0 if self.xy is None else self.xy)
         self.yy = y.square().sum() + (0 if self.yy is None else self.yy)
 
+    def unexplained(self) -> float | None:
+        """1 - R²; None where it is not finite, or there are fewer than two tokens for each feature."""
+        assert self.xx is not None
+        assert self.xy is not None
+        assert self.yy is not None
+        count = float(self.xx[-1, -1])
+        if count < 2 * len(self.xx) or not torch.isfinite(self.xx).all():
+            return None
+        values, vectors = torch.linalg.eigh(self.xx)
+        kept = values > NEGLIGIBLE * values[-1]
+        projected = (vectors.mT @ self.xy)[kept]
+        explained = (projected.square() / values[kept, None]).sum()
+        spread = self.yy - self.xy[-1].square().sum() / count
+        found = float((self.yy - explained) / spread) * (count - 1) / (count - int(kept.sum()))
+        return max(0.0, found) if math.isfinite(found) else None
+
 
 def feedforward_nonlinearity(model: GPT, batches: Sequence[Tensor]) -> list[float] | None:
     """The number of the module for each block, on batches of tokens (B, T + 1).
 
     Returns:
-        None where there are fewer than two tokens for each feature to fit, or a number is not finite.
+        None where there are fewer than two tokens for each feature, or a number is not finite.
     """
-    fits, tests = [_Sums() for _ in model.blocks], [_Sums() for _ in model.blocks]
+    moments = [_Moments() for _ in model.blocks]
     read: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -64,30 +85,11 @@ def feedforward_nonlinearity(model: GPT, batches: Sequence[Tensor]) -> list[floa
                 read[layer] = exact(x).flatten(0, -2)
 
             def see_output(y: Tensor, layer: int = layer) -> None:
-                x, y = read.pop(layer), exact(y).flatten(0, -2)
-                fits[layer].add(x[::2], y[::2])
-                tests[layer].add(x[1::2], y[1::2])
+                moments[layer].add(read.pop(layer), exact(y).flatten(0, -2))
 
             on_input(stack, block.ffn, see_input)
             on_output(stack, block.ffn, see_output)
         for tokens_BT in batches:
             model.features(tokens_BT[:, :-1])
-    found = [_unexplained(fit, test) for fit, test in zip(fits, tests, strict=True)]
-    return found if all(value is not None for value in found) else None  # type: ignore[return-value]
-
-
-def _unexplained(fit: _Sums, test: _Sums) -> float | None:
-    assert fit.xx is not None
-    assert fit.xy is not None
-    assert test.xx is not None
-    assert test.xy is not None
-    assert test.yy is not None
-    if float(fit.xx[-1, -1]) < 2 * len(fit.xx) or not torch.isfinite(fit.xx).all():
-        return None
-    # Features may depend on each other (a stream of fixed mean), so the least-squares solution of least norm.
-    map_ = torch.linalg.pinv(fit.xx, hermitian=True) @ fit.xy
-    error = test.yy - 2 * (map_ * test.xy).sum() + (map_ * (test.xx @ map_)).sum()
-    mean = test.xy[-1] / test.xx[-1, -1]
-    spread = test.yy - test.xx[-1, -1] * mean.square().sum()
-    value = float(error / spread)
-    return value if torch.isfinite(torch.tensor(value)) else None
+    found = [value for block in moments if (value := block.unexplained()) is not None]
+    return found if len(found) == len(moments) else None

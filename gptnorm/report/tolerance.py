@@ -41,6 +41,7 @@ from gptnorm.study.measures import (
     edge_of,
     edge_ratio,
     geometric_mean,
+    judged,
     mean_edge,
     mean_of,
     paired_difference,
@@ -79,6 +80,8 @@ class Track:
     """Those reported; of a screening, those that pick."""
     grid: tuple[float, ...]
     epsilon: float
+    worse: float
+    """Of `gptnorm.study.outcome.Stability`."""
     cap: float | None
     """ℓ₀."""
     steps: int | None
@@ -93,7 +96,7 @@ class Track:
         """The curve that the best rate is picked on: means over the picking seeds, of the rates that all have."""
         curves = [self.curve(seed) for seed in self.pick]
         rates = [lr for lr in self.lrs if all(any(point.lr == lr for point in curve) for curve in curves)]
-        return [_mean_point(lr, [_at(curve, lr) for curve in curves]) for lr in rates]
+        return judged([_mean_point(lr, [_at(curve, lr) for curve in curves]) for lr in rates], self.worse)
 
     @cached_property
     def best(self) -> Point | None:
@@ -124,8 +127,8 @@ class Track:
         return found
 
     def curve(self, seed: int) -> list[Point]:
-        """One seed's points, ascending."""
-        return [trial.point for trial in self._by_seed.get(seed, [])]
+        """One seed's points, ascending, judged against the best of them."""
+        return judged([trial.point for trial in self._by_seed.get(seed, [])], self.worse)
 
     def mean_curve(self) -> list[tuple[float, list[Point]]]:
         """Every rate with its points on the reported seeds, ascending."""
@@ -359,6 +362,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
             seeds=about.seeds or pick,
             grid=grid,
             epsilon=float(asked["epsilon"]),
+            worse=stability.worse,
             cap=_cap(raw),
             steps=None if steps is None else int(steps),
         )

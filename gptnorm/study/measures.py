@@ -1,7 +1,7 @@
 r"""What a curve of losses over learning rates says about tolerance.
 
 A *curve* is one strategy with one seed, its points in ascending order of the rate η. A point is *stable* or not
-(`gptnorm.study.outcome`); a loss that is not finite is None.
+(`gptnorm.study.outcome`, and `judged` against the curve's best); a loss that is not finite is None.
 
 | measure | definition | source |
 |---|---|---|
@@ -81,6 +81,19 @@ def best_point(curve: Sequence[Point]) -> Point | None:
     """The stable point of lowest loss, of equals the one of lowest rate; None if there is none."""
     stable = [(point.loss, point.lr, point) for point in curve if point.stable and point.loss is not None]
     return min(stable)[2] if stable else None
+
+
+def judged(curve: Sequence[Point], worse: float) -> list[Point]:
+    """The curve, its points unstable, too, where above the best rate the loss is more than so many times the best."""
+    best = best_point(curve)
+    if best is None or best.loss is None:
+        return list(curve)
+    limit = worse * best.loss
+
+    def holds(point: Point) -> bool:
+        return point.stable and point.loss is not None and (point.lr < best.lr or point.loss <= limit)
+
+    return [point._replace(stable=holds(point)) for point in curve]
 
 
 def edge_of(curve: Sequence[Point]) -> Edge | None:

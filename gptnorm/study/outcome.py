@@ -37,15 +37,18 @@ class Training:
 
 @typed(frozen=True, kw_only=True, config=STRICT)
 class Stability:
-    """When a run counts as stable; each rule can be switched off with inf."""
+    """When a run counts as stable; each rule can be switched off with inf (the margin with -inf)."""
 
     rise: Annotated[float, Field(gt=0)] = 0.5
     """Nats that the mean training loss at the end may lie above its lowest (simplegpt.md §6)."""
     margin: float = 0.1
-    """Nats that the final validation loss must lie below the unigram entropy: a collapsed run is finite; -inf: none."""
+    """Nats that the final validation loss must lie below the unigram entropy: a collapsed run is finite."""
+    worse: Annotated[float, Field(gt=1)] = 1.5
+    """Times the loss at the best rate that the final validation loss may be (simplegpt.md §6): what learned far less
+    than at another rate has failed, too."""
 
     def holds(self, loss: float | None, training: Training, entropy: float | None) -> bool:
-        """Whether a run with that final validation loss (None: not finite) is stable.
+        """Whether a run with that final validation loss (None: not finite) is stable, looked at by itself.
 
         Args:
             entropy: of the validation tokens under training frequencies, in nats; None: not known, no rule.

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from gptnorm.study.cell import Setup
 from gptnorm.study.config import ToleranceConfig
-from gptnorm.study.measures import Point, best_point, edge_of
-from gptnorm.study.search import Search, Seek, next_rates
+from gptnorm.study.measures import Point, best_point, edge_of, judged
+from gptnorm.study.search import Seek, next_rates
 
 
 class Run(NamedTuple):
@@ -54,7 +54,7 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
         def mean(lr: float) -> Point | None:
             return _mean(lr, [known(Run(group.strategy, setup, lr, seed)) for seed in study.pick])
 
-        return replay(mean, first, lrs, study.search, seek)
+        return replay(mean, first, lrs, study, seek)
 
     def pick_runs(setup: Setup, rates: Sequence[float]) -> list[Run]:
         runs = [Run(group.strategy, setup, lr, seed) for lr in rates for seed in study.pick]
@@ -80,7 +80,7 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
 
             seek: Seek | None = None if study.report == "best" else "edge"
             grid = lrs if study.report == "all" else first
-            missing = replay(single, first, grid, study.search, seek).missing
+            missing = replay(single, first, grid, study, seek).missing
             wanted += [Run(group.strategy, setup, lr, seed) for lr in missing]
     return wanted
 
@@ -89,7 +89,7 @@ class Replay(NamedTuple):
     """A search, as far as the runs go that have ended."""
 
     curve: list[Point]
-    """Points of the steps that were taken, ascending."""
+    """Points of the steps that were taken, ascending, judged against the best of them."""
     missing: list[float]
     """Rates of the next step that are not known; none: the search has ended."""
 
@@ -98,7 +98,7 @@ def replay(
     known: Callable[[float], Point | None],
     first: Sequence[float],
     grid: Sequence[float],
-    search: Search,
+    study: ToleranceConfig,
     seek: Seek | None,
 ) -> Replay:
     """The search from its first rates on.
@@ -114,8 +114,9 @@ def replay(
         missing = [lr for lr, point in points.items() if point is None]
         if missing:
             return Replay(curve, missing)
-        curve = sorted([*curve, *(point for point in points.values() if point is not None)])
-        rates = next_rates(curve, grid, search, seek) if seek and len(grid) > 1 else []
+        tried = sorted([*curve, *(point for point in points.values() if point is not None)])
+        curve = judged(tried, study.stability.worse)
+        rates = next_rates(curve, grid, study.search, seek) if seek and len(grid) > 1 else []
     return Replay(curve, [])
 
 

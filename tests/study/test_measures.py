@@ -16,6 +16,7 @@ from gptnorm.study.measures import (
     best_point,
     edge_of,
     geometric_mean,
+    judged,
     paired_ratio,
     reach_of,
     sensitivity,
@@ -140,3 +141,16 @@ def test_edges_found_by_bisection_cover():
         ratio = paired_ratio(found["ours"], found["theirs"])
         hits += ratio.low <= 3.0 <= ratio.high
     assert 0.91 < hits / trials < 0.99
+
+
+def test_what_learned_far_less_than_at_the_best_rate_has_failed():
+    """Above it only: what is too slow below is no failure of stability."""
+    curve = [Point(1e-3, 3.5, True), Point(1e-2, 2.0, True), Point(3e-2, 2.9, True), Point(1e-1, 3.1, True),
+             Point(3e-1, 2.95, True), Point(1.0, None, False)]  # fmt: skip
+    assert [point.stable for point in judged(curve, 1.5)] == [True, True, True, False, True, False], (
+        "above the best only"
+    )
+    assert edge_of(judged(curve, 1.5)).unstable == 1e-1
+    assert judged(curve, math.inf) == curve
+    nothing = [Point(1e-3, None, False)]
+    assert judged(nothing, 1.5) == nothing

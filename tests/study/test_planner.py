@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptnorm.study.cell import Setup
 from gptnorm.study.config import ToleranceConfig
-from gptnorm.study.measures import Point, best_point, edge_of
+from gptnorm.study.measures import Point, best_point, edge_of, judged
 from gptnorm.study.planner import Group, rates_to_report, wanted_runs
 
 OWN, TUNED, WORSE = Setup(), Setup(variant=(("init.std", "published"),)), Setup(variant=(("init.std", 1.0),))
@@ -111,3 +111,19 @@ def test_nothing_stable_ends():
     ended = carried_out(Group(strategy="a", setups=(OWN, TUNED)), lambda run: Point(run.lr, None, False), asked)
     assert {run.seed for run in ended} == {0}
     assert len(ended) == 2 * (4 + asked.search.reach)
+
+
+def test_the_edge_is_where_far_less_is_learned():
+    """Nothing diverges, but losses grow beyond any use: 1.5 times the best at ln²(η/η*) = 10."""
+    asked = study()
+
+    def truth(run):
+        return Point(run.lr, 2 + 0.1 * math.log(run.lr / 6e-3) ** 2, True)
+
+    ended = carried_out(Group(strategy="a", setups=(OWN,)), truth, asked)
+    expected = 6e-3 * math.exp(math.sqrt(10))
+    for seed in (0, *asked.seeds):
+        edge = edge_of(judged(curve(ended, OWN, seed), asked.stability.worse))
+        assert edge.stable < expected * 1.05
+        assert edge.unstable > expected * 0.95
+        assert edge.unstable / edge.stable <= asked.search.edge * 1.01
