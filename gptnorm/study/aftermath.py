@@ -4,6 +4,7 @@
 |---|---|
 | signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
 | nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
+| | `flops`: of the whole run as it was planned, `gptnorm.plan.flops` |
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gptnorm.config import Config
 from gptnorm.data import Shards
 from gptnorm.files import write_atomic
 from gptnorm.model import GPT, build_gpt
+from gptnorm.plan.flops import count_flops
 from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
 from gptnorm.recipe import dump_toml
 from gptnorm.study.cell import Measured
@@ -50,7 +52,11 @@ def run_and_measure(
         if not config.checkpoint.final and not (every and result.step % every == 0):
             shutil.rmtree(checkpoint)
     write_atomic(folder / "config.toml", dump_toml(config))
-    return result, {measured: found if measured == "signal" else found["trained"]}
+    if measured == "signal":
+        return result, {"signal": found}
+    train = config.train
+    flops = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
+    return result, {"nonlinearity": found["trained"], "flops": flops}
 
 
 def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from gptnorm.config import STRICT, Count, Positive, PositiveFloat, WidthRuleName
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe, parse_overrides
+from gptnorm.study.cell import Pairs
 from gptnorm.study.ladder import FEWEST, Axis
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
@@ -79,6 +81,8 @@ class ToleranceConfig(StudyConfig):
     """Settings tuned beside the rate, each with its values: every combination is tried for every strategy."""
     map: dict[str, Any] = field(default_factory=dict)
     """Settings with the values at which strategies are compared: every combination is a comparison of its own."""
+    places: tuple[dict[str, Any], ...] = ()
+    """The same, each combination written out: tables of the same settings, one value each."""
     search: Search = Search()
     """How closely best and edge are bracketed."""
     stability: Stability = Stability()
@@ -123,6 +127,44 @@ def refuse_other_ladders(study: StudyConfig, ladder: Axis | None) -> None:
         raise bad_value("study.rules", list(study.rules), "only 'gptnorm study width' takes it")
 
 
+def read_places(study: ToleranceConfig) -> list[Pairs]:
+    """Where strategies are compared; one place without settings where nothing is said.
+
+    Raises:
+        UserError: `map` and `places` are both given, or the tables of `places` have not the same settings, differ in
+            none, or set what no study may vary.
+    """
+    if not study.places:
+        return combinations(read_axes(study.map, "study.map"))
+    if study.map:
+        raise UserError("study.places: is given beside study.map, which says the same; give one of them")
+    tables = [flatten(table) for table in study.places]
+    names = list(tables[0])
+    for table in tables:
+        if sorted(table) != sorted(names) or not table:
+            raise bad_value("study.places", table, f"must set the same as the first: {', '.join(names) or 'something'}")
+    for name in names:
+        _refuse_fixed(name, f"study.places.{name}", [table[name] for table in tables])
+    places = [tuple((name, _hashable(table[name])) for name in names) for table in tables]
+    if len(set(places)) != len(places):
+        raise bad_value("study.places", tables, "must not repeat an entry")
+    return places
+
+
+def combinations(axes: Axes) -> list[Pairs]:
+    """Every combination of the axes' values; one empty one where there are no axes."""
+    return [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _refuse_fixed(name: str, where: str, values: Any) -> None:
+    if name in RESERVED or name.startswith(FIXED):
+        raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def read_axes(table: dict[str, Any], key: str) -> Axes:
     """`{"init.std": ["published", "twin"]}`, from a table with dotted or nested keys.
 
@@ -132,11 +174,10 @@ def read_axes(table: dict[str, Any], key: str) -> Axes:
     axes: Axes = {}
     for name, values in flatten(table).items():
         where = f"{key}.{name}"
-        if name in RESERVED or name.startswith(FIXED):
-            raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
+        _refuse_fixed(name, where, values)
         if not isinstance(values, list) or not values:
             raise bad_value(where, values, "must be a list of its values, such as [0.0, 0.1]")
         if len({repr(value) for value in values}) != len(values):
             raise bad_value(where, values, "must not repeat an entry")
-        axes[name] = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        axes[name] = tuple(map(_hashable, values))
     return axes

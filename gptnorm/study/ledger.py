@@ -169,6 +169,7 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             **now,
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "map": _union_of_axes(before["map"], now["map"]),
+            "places": _union(before.get("places", []), now["places"]),
         }
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
     found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
@@ -201,7 +202,8 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     yield "ladder", earlier.get("ladder", {}).get("axis"), facts.get("ladder", {}).get("axis")
     a, b = (part.get("tolerance", {}) for part in (earlier, facts))
     yield "study.pick", a.get("pick"), b.get("pick")
-    yield "settings in study.map", sorted(a.get("map", {})), sorted(b.get("map", {}))
+    before, now = (sorted((part.get("places") or [{}])[0]) for part in (a, b))
+    yield "settings mapped", before, now
     before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
     pairs = [(before[name], now[name]) for name in now if name in before]
     for a, b in [*pairs, (earlier["settings"]["recipe"], facts["settings"]["recipe"])]:

@@ -17,7 +17,14 @@ from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe
 from gptnorm.report.records import finite
 from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides
-from gptnorm.study.config import Axes, ToleranceConfig, read_axes, read_table_of, refuse_other_ladders
+from gptnorm.study.config import (
+    ToleranceConfig,
+    combinations,
+    read_axes,
+    read_places,
+    read_table_of,
+    refuse_other_ladders,
+)
 from gptnorm.study.grid import SET_BY_STUDY, shared_overrides
 from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
@@ -26,6 +33,7 @@ from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, Training
 from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Lines
+from gptnorm.tables import flatten
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,10 @@ class Tolerance:
             raise bad_value("study.seeds", list(study.seeds), allowed)
         if study.baseline is not None and study.baseline not in study.strategies:
             raise bad_value("study.baseline", study.baseline, f"must be one of {', '.join(study.strategies)}")
-        tuned, mapped = (read_axes(getattr(study, key), f"study.{key}") for key in ("tune", "map"))
-        if common := tuned.keys() & mapped.keys():
-            raise UserError(f"study.tune.{min(common)}: is in study.map, too; it is either tuned or mapped")
+        common = read_axes(study.tune, "study.tune").keys() & dict(read_places(study)[0]).keys()
+        if common:
+            key = "places" if study.places else "map"
+            raise UserError(f"study.tune.{min(common)}: is in study.{key}, too; it is either tuned or mapped")
         return study
 
     def grown(self, study: ToleranceConfig, earlier: Facts) -> ToleranceConfig:
@@ -62,6 +71,10 @@ class Tolerance:
             for name, values in read_axes(getattr(study, key), f"study.{key}").items():
                 axes[name] = [*axes.get(name, []), *(value for value in values if value not in axes.get(name, []))]
             grown[key] = axes
+        if study.places:
+            earlier_places = tuple(before.get("places", ()))
+            flat = tuple(flatten(place) for place in study.places)
+            grown["places"] = (*earlier_places, *(place for place in flat if place not in earlier_places))
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
         return replace(study, **grown)
 
@@ -77,13 +90,12 @@ class TolerancePlan:
         self.study = study
         self._part = part
         self._recipe = recipe
-        self._tune, self._map = (read_axes(getattr(study, key), f"study.{key}") for key in ("tune", "map"))
-        set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **dict.fromkeys(self._map, "map")}
+        self._tune, self._places = read_axes(study.tune, "study.tune"), read_places(study)
+        placed = dict.fromkeys(dict(self._places[0]), "places" if study.places else "map")
+        set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **placed}
         self._shared = shared_overrides(overrides, set_by)
         self._cells: dict[Run, Cell] = {}
-        self._groups = [
-            self._group(strategy, place) for place in combinations(self._map) for strategy in study.strategies
-        ]
+        self._groups = [self._group(strategy, place) for place in self._places for strategy in study.strategies]
         self.samples = [
             self._cell(Run(group.strategy, setup, min(study.lrs), min(study.pick)))
             for group in self._groups
@@ -101,7 +113,8 @@ class TolerancePlan:
                 "baseline": study.baseline or study.strategies[0],
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
-                "map": {key: list(values) for key, values in self._map.items()},
+                "map": {key: list(values) for key, values in read_axes(study.map, "study.map").items()},
+                "places": [dict(place) for place in self._places if place],
                 "search": asdict(study.search),
                 "stability": _written(asdict(study.stability)),
             }
@@ -151,19 +164,14 @@ class TolerancePlan:
         )
 
     def _follows(self, strategy: str, place: Pairs) -> Pairs:
-        width = dict(place).get("model.d_model")
+        width, key = dict(place).get("model.d_model"), "places" if self.study.places else "map"
         if width is None:
             return ()
         if not isinstance(width, int) or isinstance(width, bool):
-            raise bad_value("study.map.model.d_model", width, "must be whole numbers")
+            raise bad_value(f"study.{key}.model.d_model", width, "must be whole numbers")
         model = self._recipe.resolve(self._shared, strategy=strategy).model
-        sizes = sizes_at(width, model, "study.map.model.d_model")
+        sizes = sizes_at(width, model, f"study.{key}.model.d_model")
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
-
-
-def combinations(axes: Axes) -> list[Pairs]:
-    """Every combination of the axes' values; one empty one where there are no axes."""
-    return [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:

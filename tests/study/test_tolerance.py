@@ -121,7 +121,7 @@ def test_other_maps_are_another_study(study, tmp_path):
     folder = ask(study, tmp_path / "out", "study.map.model.n_layers=[1]", 'study.strategies=["prenorm"]')
     ask(study, folder, "study.map.model.n_layers=[2]", 'study.strategies=["prenorm"]')
     assert {row["place"]["model.n_layers"] for row in lines(folder)} == {1, 2}
-    with pytest.raises(OtherStudy, match=r"settings in study\.map"):
+    with pytest.raises(OtherStudy, match=r"settings mapped"):
         ask(study, folder, "study.map.model.dropout=[0.0]", 'study.strategies=["prenorm"]')
     with pytest.raises(OtherStudy, match=r"study\.pick = \[0\], not \[9\]"):
         ask(study, folder, "study.pick=[9]", "study.map.model.n_layers=[1]")
