@@ -27,7 +27,7 @@ from rich.console import Console
 
 import gptnorm.strategies
 from gptnorm.files import write_atomic
-from gptnorm.report import is_ladder, load_ladder, load_study, markdown_ladder, markdown_table
+from gptnorm.report import load_study, markdown_study
 from gptnorm.strategies import STRATEGIES
 from gptnorm.strategies.catalogue import published
 from gptnorm.strategies.measured import Measured
@@ -201,7 +201,7 @@ def mentions(root: Path) -> dict[str, list[Path]]:
     pages = {page: page.read_text(encoding="utf-8") for page in sorted(root.glob("*.md"))}
     found: dict[str, set[Path]] = defaultdict(set)
     for ledger in sorted(path.parent for path in root.glob("*/study.json")):
-        table = markdown_ladder(load_ladder(ledger)) if is_ladder(ledger) else markdown_table(load_study(ledger))
+        table = markdown_study(ledger)
         for name in json.loads((ledger / "study.json").read_text(encoding="utf-8"))["strategies"]:
             found[name] |= {page for page, text in pages.items() if table.rstrip() in text}
     for results in root.glob("*/results.json"):

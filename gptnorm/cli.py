@@ -374,6 +374,19 @@ def tolerance(
 
 
 @study.command()
+@click.argument("folder", metavar="STUDY", type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown, and write nothing.")
+def show(folder: Path, markdown: bool) -> None:
+    """Print the tables of the study in folder STUDY, complete or not, and write its report."""
+    from gptnorm.report import markdown_study
+
+    if markdown:
+        click.echo(markdown_study(folder), nl=False)
+    else:
+        tell(folder)
+
+
+@study.command()
 @click.argument("parts", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the whole study.")
 def join(parts: tuple[Path, ...], folder: Path) -> None:

@@ -60,7 +60,7 @@ def test_commands_exist(page: Path) -> None:
                 load_recipe(words[2]).resolve([word for word in words[3:] if "=" in word])
             if words[1] == "strategies" and len(words) > 2:
                 assert words[2] in STRATEGIES, line
-            if words[1] == "study" and words[2] != "join":
+            if words[1] == "study" and words[2] not in ("join", "show"):
                 arguments = shlex.split(line, comments=True)[4:]
                 settings = tuple(word for word in arguments if "=" in word)
                 given = dict(itertools.pairwise(arguments))
@@ -73,17 +73,17 @@ def test_commands_exist(page: Path) -> None:
 
 def test_tables_are_those_of_their_ledgers() -> None:
     """No number in a result table was typed by hand: each ledger's stands in one of the pages beside it."""
-    from gptnorm.report import is_ladder, load_ladder, load_study, markdown_ladder, markdown_table
+    from gptnorm.report import markdown_study
 
     results = ROOT / "docs" / "results"
     pages = [page.read_text(encoding="utf-8") for page in results.glob("*.md")]
     ledgers = [path.parent for path in results.glob("*/study.json")]
     assert ledgers
     for folder in ledgers:
-        table = markdown_ladder(load_ladder(folder)) if is_ladder(folder) else markdown_table(load_study(folder))
+        table = markdown_study(folder)
         assert any(table.rstrip() in page for page in pages), folder.name
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert markdown_table(load_study(results / "quickstart")).rstrip() in readme
+    assert markdown_study(results / "quickstart").rstrip() in readme
 
 
 def load_script(name: str) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptnorm.report.records import finite, read_lines
-from gptnorm.report.results import Study
+from gptnorm.report.results import Cell, Study
 
 Floats = NDArray[np.float64]
 
@@ -76,13 +78,18 @@ def thin(curve: Curve, limit: int = 400) -> Curve:
 
 
 def study_curves(study: Study) -> dict[tuple[str, float], Curve]:
+    """As `curves_of`, of all runs of a study."""
+    return curves_of(study.folder, study.cells)
+
+
+def curves_of(folder: Path, cells: Iterable[Cell]) -> dict[tuple[str, float], Curve]:
     """Training loss by (strategy, learning rate), mean over the seeds that left any metrics."""
     found: dict[tuple[str, float], list[Curve]] = {}
-    for cell in study.cells:
+    for cell in cells:
         # A cell without a run folder must not pick up a stray metrics.jsonl of the study itself.
         if not cell.run:
             continue
-        curve = series(read_lines(study.folder / cell.run / "metrics.jsonl"), "train")
+        curve = series(read_lines(folder / cell.run / "metrics.jsonl"), "train")
         if len(curve):
             found.setdefault((cell.strategy, cell.lr), []).append(curve)
     means = {key: mean_curve(curves) for key, curves in found.items()}

@@ -14,14 +14,19 @@ from gptnorm.report.ladder_page import ladder_page
 from gptnorm.report.results import load_study
 from gptnorm.report.run_page import run_page
 from gptnorm.report.study_page import REPORT, study_page
+from gptnorm.report.tolerance import is_tolerance, load_tolerance
+from gptnorm.report.tolerance_page import tolerance_page
 
 
 def write_study_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a study or ladder, complete or partial, and return its path.
+    """Write `report.html` into the folder of a study of any kind, complete or partial, and return its path.
 
     Raises UserError where the folder holds no readable `study.json`.
     """
-    content = ladder_page(load_ladder(folder)) if is_ladder(folder) else study_page(load_study(folder))
+    if is_tolerance(folder):
+        content = tolerance_page(load_tolerance(folder))
+    else:
+        content = ladder_page(load_ladder(folder)) if is_ladder(folder) else study_page(load_study(folder))
     write_atomic(Path(folder) / REPORT, content)
     return Path(folder) / REPORT
 

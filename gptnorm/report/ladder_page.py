@@ -7,9 +7,10 @@ import math
 
 from gptnorm.report import page
 from gptnorm.report.format import lr_text, names_text, plural
+from gptnorm.report.grids import Grid, grid_table
 from gptnorm.report.ladder import Ladder, Track
 from gptnorm.report.ladder_plots import loss_panels, needs_marks, rates_against_size, signal_panels
-from gptnorm.report.ladder_table import Grid, grids, notes, octaves_text, stable_text
+from gptnorm.report.ladder_table import grids, notes, octaves_text, stable_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.study_page import provenance_section, settings_section
 
@@ -24,7 +25,7 @@ def ladder_page(ladder: Ladder) -> str:
     content = [
         tag("header", [tag("h1", ladder.study.title), tag("p", _subtitle(ladder), class_="subtitle")]),
         tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
-        *(page.section(grid.title, [_table(grid)]) for grid in tables[:2]),
+        *(page.section(grid.title, [grid_table(grid)]) for grid in tables[:2]),
         tag("ul", [tag("li", page.prose(note)) for note in notes(ladder)], class_="notes"),
         _loss_section(ladder),
         *_rates_section(ladder),
@@ -151,16 +152,6 @@ def _ends(ladder: Ladder) -> list[str]:
     return sentences
 
 
-def _table(grid: Grid) -> Markup:
-    rows = []
-    for row in grid.rows:
-        words = [page.data_cell(text, "words") for text in row[1 : grid.words]]
-        cells = [page.data_cell(text) for text in row[grid.words :]]
-        rows.append([page.head_cell(row[0]), *words, *cells])
-    words = frozenset(grid.head[1 : grid.words])
-    return page.table(grid.title, list(grid.head), rows, class_="numbers grid", words=words)
-
-
 def _loss_section(ladder: Ladder) -> Markup:
     figures = [
         page.figure(svg, f"Validation loss against peak learning rate of {name}, a line per {ladder.axis}.")
@@ -197,7 +188,7 @@ def _signal_section(ladder: Ladder, tables: list[Grid]) -> list[Markup]:
         "Dashed: at initialisation; firm: after training, at the rate of the lowest loss. One scale for all; the "
         "gradient is that of the mean loss of one batch by the stream."
     )
-    content = [_table(tables[0]), tag("div", figures, class_="panels"), _note(note)]
+    content = [grid_table(tables[0]), tag("div", figures, class_="panels"), _note(note)]
     if ladder.axis == "depth":
         return [page.section(tables[0].title, content)]
     # Not what a width ladder is asked for.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gptnorm.report.figure import Look, legend_columns, legend_height, look, new_figure, sequential, style, to_svg
-from gptnorm.report.format import lr_text
 from gptnorm.report.ladder import Ladder, Level, Signal
-from gptnorm.report.plots import STRIP, loss_line, loss_range, lr_ticks, needs_strip, strip_marks
+from gptnorm.report.loss_axes import STRIP, draw_strip, log_ticks, lr_ticks
+from gptnorm.report.plots import loss_line, loss_range, needs_strip, row_marks
 from gptnorm.report.results import Row
 
 _PANEL = 3.7
@@ -33,7 +32,7 @@ def loss_panels(ladder: Ladder) -> list[tuple[str, str]]:
             axes.set_xscale("log")
             axes.set_ylim(low, top)
             if strip:
-                axes.axhspan(high, top, color="#f1f3f5", zorder=2.5)
+                draw_strip(axes, high, top)
             looks = _size_looks(ladder)
             for index, (level, how) in enumerate(zip(track.levels, looks, strict=True)):
                 row = _row(ladder, level)
@@ -41,7 +40,7 @@ def loss_panels(ladder: Ladder) -> list[tuple[str, str]]:
                 if strip:
                     # Points; the marks of one learning rate stay well apart from those of the next.
                     room = min(7.0, 150 / len(row.entries) / len(looks))
-                    strip_marks(axes, row, how, high, (index - (len(looks) - 1) / 2) * room)
+                    row_marks(axes, row, how, high, (index - (len(looks) - 1) / 2) * room)
             lr_ticks(axes, ladder.study.lrs)
             axes.set_title(track.name)
             axes.set_xlabel("peak learning rate")
@@ -96,7 +95,7 @@ def rates_against_size(ladder: Ladder, which: Literal["best", "stable"]) -> str 
                 )
         lowest, highest = min(ladder.study.lrs), max(ladder.study.lrs)
         axes.set_ylim(lowest / 1.5, highest * 1.5)
-        _log_ticks(axes.yaxis)
+        log_ticks(axes.yaxis)
         axes.set_xticks(list(ladder.sizes), [str(size) for size in ladder.sizes])
         axes.set_xticks([], minor=True)
         axes.set_xlabel("blocks" if ladder.axis == "depth" else "width d")
@@ -128,7 +127,7 @@ def signal_panels(ladder: Ladder) -> list[tuple[str, str, str]]:
                 if what == "gradient":
                     axes.set_yscale("log")
                     axes.set_ylim(min(spread) / 2, max(spread) * 2)
-                    _log_ticks(axes.yaxis)
+                    log_ticks(axes.yaxis)
                 else:
                     low = min(spread)
                     axes.set_ylim(low - 0.06 * (1.02 - low), 1.02)
@@ -198,14 +197,6 @@ def _size_looks(ladder: Ladder) -> list[Look]:
     """Sizes have an order, and so have their colours: dark to light."""
     count = len(ladder.sizes)
     return [Look(sequential(index, count), look(index).marker, look(index).dash) for index in range(count)]
-
-
-def _log_ticks(axis: Any) -> None:
-    low, high = axis.get_view_interval()
-    decades = np.log10(high / low)
-    axis.set_major_locator(LogLocator(10, subs=(1.0, 3.0) if decades < 3 else (1.0,), numticks=8))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: lr_text(value) if value > 0 else ""))
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from gptnorm.report.format import MISSING, loss_text, lr_text, plural
+from gptnorm.report.grids import Grid, markdown_grids, rich_grids
 from gptnorm.report.ladder import Ladder, Level, Signal, Track
 from gptnorm.report.optimum import MARGIN, Best, Stable
-from gptnorm.report.table import escape
 
 BESIDE = "‡"
 NONE = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One table."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int
-    """Leading columns that hold text."""
 
 
 def grids(ladder: Ladder) -> list[Grid]:
@@ -107,28 +92,12 @@ def notes(ladder: Ladder) -> list[str]:
 
 def rich_ladder(ladder: Ladder) -> Group:
     """The tables for the terminal; print it with a `rich.console.Console`."""
-    parts: list[Table | Text] = [Text(ladder.study.title, style="bold")]
-    for grid in grids(ladder):
-        # Text, never markup: a name with brackets in it is shown as it is.
-        table = Table(title=Text(grid.title), box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-        table.title_justify = "left"
-        for index, name in enumerate(grid.head):
-            justify = "left" if index < grid.words else "right"
-            table.add_column(Text(name), justify=justify, overflow="fold")
-        for row in grid.rows:
-            table.add_row(*map(Text, row))
-        parts.append(table)
-    return Group(*parts, Text("\n".join(notes(ladder))))
+    return rich_grids(ladder.study.title, grids(ladder), notes(ladder))
 
 
 def markdown_ladder(ladder: Ladder) -> str:
     """The tables and their notes as Markdown, ending in a newline."""
-    parts = []
-    for grid in grids(ladder):
-        rule = "|:--" * grid.words + "|--:" * (len(grid.head) - grid.words) + "|"
-        rows = ["| " + " | ".join(map(escape, row)) + " |" for row in (grid.head, *grid.rows)]
-        parts.append("\n".join([rows[0], rule, *rows[1:]]))
-    return "\n\n".join([*parts, "  \n".join(map(escape, notes(ladder)))]) + "\n"
+    return markdown_grids(grids(ladder), notes(ladder))
 
 
 def _names(ladder: Ladder) -> tuple[str, ...]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.path import Path as MarkerPath
-from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from gptnorm.report.curves import Curve, smooth, study_curves, thin
 from gptnorm.report.figure import (
-    INK,
-    MUTED,
     WARNING,
     Look,
     legend_below,
@@ -24,15 +20,22 @@ from gptnorm.report.figure import (
     style,
     to_svg,
 )
-from gptnorm.report.format import loss_text, lr_text
+from gptnorm.report.format import lr_text
+from gptnorm.report.loss_axes import (
+    ABOVE,
+    STRIP,
+    UNSTABLE,
+    draw_strip,
+    entropy_line,
+    lr_ticks,
+    ring,
+    seed_dashes,
+    shown_range,
+    strip_marks,
+)
 from gptnorm.report.results import Row, Study, best_loss
 
 _WIDTH = 4.8
-_ARROW_UP = MarkerPath([(0, -1), (0, 1), (-0.6, 0.2), (0, 1), (0.6, 0.2)], [1, 2, 1, 2, 2])
-"""An arrow of two strokes, each begun with a move (1) and drawn with lines (2); no strategy's own marker."""
-
-STRIP = 0.1
-"""Share of the axis, at its top, that is kept for what has no place on the scale."""
 
 
 def loss_against_lr(study: Study) -> str:
@@ -52,22 +55,12 @@ def loss_against_lr(study: Study) -> str:
         for index, row in enumerate(study.rows):
             loss_line(axes, row, look(index), high)
         if strip:
-            axes.axhspan(high, top, color="#f1f3f5", zorder=2.5)
+            draw_strip(axes, high, top)
             for index, row in enumerate(study.rows):
                 # Points; the marks of one learning rate stay well apart from those of the next.
                 shift = (index - (len(study.rows) - 1) / 2) * min(7.0, 200 / len(study.lrs) / len(study.rows))
-                strip_marks(axes, row, look(index), high, shift)
-        if study.unigram_entropy is not None and low < study.unigram_entropy < high:
-            axes.axhline(study.unigram_entropy, color=MUTED, linestyle=":", linewidth=1.5)
-            axes.annotate(
-                f"token frequencies only: {loss_text(study.unigram_entropy)}",
-                (0.01, study.unigram_entropy),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                color=MUTED,
-                fontsize=8.5,
-            )
+                row_marks(axes, row, look(index), high, shift)
+        entropy_line(axes, study.unigram_entropy, low, high)
         lr_ticks(axes, study.lrs)
         axes.set_xlabel("peak learning rate")
         axes.set_ylabel("validation loss (nats per token)")
@@ -112,40 +105,68 @@ def best_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = No
         return to_svg(figure, "best")
 
 
+class RateCurve(NamedTuple):
+    """Training loss at one learning rate."""
+
+    lr: float
+    curve: Curve
+    diverged: bool
+    """Whether it ends where a run failed."""
+    complete: bool
+    """Whether its end has to be in sight."""
+
+
 def all_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = None) -> list[tuple[str, str]]:
-    """(strategy, SVG) pairs: a panel per strategy with the curve of every learning rate, all on one scale.
+    """(strategy, SVG) pairs: a panel per strategy with the curve of every learning rate, all on one scale."""
+    curves = study_curves(study) if curves is None else curves
+    panels = []
+    for row in study.rows:
+        lines = [
+            RateCurve(entry.lr, curves[row.strategy, entry.lr], bool(entry.diverged), entry.complete)
+            for entry in row.entries
+            if (row.strategy, entry.lr) in curves
+        ]
+        panels.append((row.strategy, lines))
+    return rate_panels(panels, study.lrs, "all")
+
+
+def rate_panels(
+    panels: Sequence[tuple[str, Sequence[RateCurve]]], lrs: Sequence[float], prefix: str, points: int = 400
+) -> list[tuple[str, str]]:
+    """(title, SVG) pairs: a panel with a line per learning rate, all on one scale; none for a panel without lines.
 
     One figure each, so that a page can set them side by side or below each other.
+
+    Args:
+        lrs: every learning rate of the panels, ascending; they give the colours.
+        prefix: of the figures' ids.
+        points: of each line, about.
     """
-    curves = study_curves(study) if curves is None else curves
-    if not curves:
+    lines = [line for _, found in panels for line in found]
+    if not lines:
         return []
-    complete = [(row.strategy, entry.lr) for row in study.rows for entry in row.entries if entry.complete]
-    limits = _curve_range(list(curves.values()), [curves[key] for key in complete if key in curves])
-    right = max(float(curve.steps[-1]) for curve in curves.values())
-    panels = []
-    for number, row in enumerate(study.rows):
-        if not any(curve_row == row.strategy for curve_row, _ in curves):
+    limits = _curve_range([line.curve for line in lines], [line.curve for line in lines if line.complete])
+    right = max(float(line.curve.steps[-1]) for line in lines)
+    drawn = []
+    for number, (title, found) in enumerate(panels):
+        if not found:
             continue
         with style():
-            figure = new_figure(3.7, 3.1 + 0.2 * -(-len(study.lrs) // 4))
+            figure = new_figure(3.7, 3.1 + 0.2 * -(-len(lrs) // 4))
             axes = figure.add_subplot()
             axes.set_xlim(0, right * 1.03)
             axes.set_ylim(*limits)
-            for index, entry in enumerate(row.entries):
-                curve = curves.get((row.strategy, entry.lr))
-                if curve is not None:
-                    colour = sequential(index, len(study.lrs))
-                    _panel_line(axes, curve, colour=colour, label=lr_text(entry.lr), diverged=bool(entry.diverged))
-            axes.set_title(row.strategy)
+            for line in found:
+                _panel_line(axes, line, sequential(lrs.index(line.lr), len(lrs)), points)
+            axes.set_title(title)
             axes.set_xlabel("step")
             axes.set_ylabel("training loss")
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(
                 handles, labels, loc="outside lower center", ncols=4, fontsize=8.5, handlelength=1.4, columnspacing=1.2
             )
-            panels.append((row.strategy, to_svg(figure, f"all{number}")))
-    return panels
+            drawn.append((title, to_svg(figure, f"{prefix}{number}")))
+    return drawn
 
 
 def has_strip(study: Study) -> bool:
@@ -155,18 +176,10 @@ def has_strip(study: Study) -> bool:
 
 def loss_range(rows: Sequence[Row]) -> tuple[float, float]:
     """Limits of the loss axis: the bests and their surroundings, not the far ends of the sweep."""
-    means = sorted(entry.mean for row in rows for entry in row.entries if entry.mean is not None)
-    if not means:
-        return 0.0, 1.0
-    low, worst = means[0], means[-1]
-    seeds = [loss for row in rows for entry in row.entries if entry.complete for loss in entry.losses.values()]
-    low = min([low, *seeds])
-    # Every strategy's best with as much room again, and at least 15 % above the lowest loss.
-    bests = [best_loss(row) for row in rows if row.best is not None]
-    wanted = low + max(2 * (max(bests, default=low) - low), 0.15 * abs(low))
-    high = worst if worst - low <= 1.6 * (wanted - low) else wanted
-    span = max(high - low, 1e-3, 1e-4 * abs(low))
-    return low - 0.06 * span, high + 0.08 * span
+    entries = [entry for row in rows for entry in row.entries]
+    means = [entry.mean for entry in entries if entry.mean is not None]
+    seeds = [loss for entry in entries if entry.complete for loss in entry.losses.values()]
+    return shown_range(means, [best_loss(row) for row in rows if row.best is not None], seeds)
 
 
 def needs_strip(rows: Sequence[Row], high: float) -> bool:
@@ -182,54 +195,23 @@ def loss_line(axes: Axes, row: Row, how: Look, high: float) -> None:
     axes.plot(
         lrs, means, color=how.colour, linestyle=how.dash, marker=how.marker, label=row.strategy, markeredgecolor="white"
     )
-    points = [(entry.lr, loss) for entry in row.entries for loss in entry.losses.values() if loss <= high]
-    if points:
-        axes.plot(*zip(*points, strict=True), linestyle="", marker="_", markersize=7, color=how.colour, alpha=0.6)
+    seed_dashes(axes, [(entry.lr, loss) for entry in row.entries for loss in entry.losses.values()], how, high)
     if row.best is not None and best_loss(row) <= high:
-        axes.plot(
-            [row.best.lr],
-            [best_loss(row)],
-            marker=how.marker,
-            markersize=11,
-            markerfacecolor=how.colour,
-            markeredgecolor=INK,
-            markeredgewidth=1.8,
-            linestyle="",
-            zorder=4,
-        )
+        ring(axes, row.best.lr, best_loss(row), how)
 
 
-def strip_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> None:
+def row_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> None:
     """× and ↑ in the strip; `shift` (points) keeps strategies at the same learning rate apart."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    place = blended_transform_factory(axes.transData, axes.transAxes)
-    place = place + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-    for marker, lrs in (
-        ("x", [entry.lr for entry in row.entries if entry.diverged]),
-        (_ARROW_UP, [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]),
-    ):
-        marks = axes.plot(
-            lrs,
-            [1 - STRIP / 2] * len(lrs),
-            linestyle="",
-            marker=marker,
-            color=how.colour,
-            markeredgewidth=2,
-            fillstyle="none",
-            transform=place,
-            zorder=5,
-            clip_on=False,
-        )
-        # The layout would make room for them as if they stood in data coordinates.
-        for mark in marks:
-            mark.set_in_layout(False)
+    strip_marks(axes, UNSTABLE, [entry.lr for entry in row.entries if entry.diverged], how, shift=shift)
+    above = [entry.lr for entry in row.entries if entry.mean is not None and entry.mean > high]
+    strip_marks(axes, ABOVE, above, how, shift=shift)
 
 
-def _panel_line(axes: Axes, curve: Curve, *, colour: Any, label: str, diverged: bool) -> None:
-    shown = thin(smooth(curve))
-    axes.plot(shown.steps, shown.values, color=colour, linewidth=1.5, label=f"{label} ×" if diverged else label)
-    if diverged:
+def _panel_line(axes: Axes, line: RateCurve, colour: Any, points: int) -> None:
+    shown = thin(smooth(line.curve), points)
+    label = f"{lr_text(line.lr)} ×" if line.diverged else lr_text(line.lr)
+    axes.plot(shown.steps, shown.values, color=colour, linewidth=1.5, label=label)
+    if line.diverged:
         end = float(np.clip(shown.values[-1], *axes.get_ylim()))
         axes.plot([shown.steps[-1]], [end], "x", color=WARNING, markersize=8, markeredgewidth=2, clip_on=False)
 
@@ -249,13 +231,3 @@ def _curve_range(curves: list[Curve], shown: list[Curve] | None = None) -> tuple
     high = max([high, *(min(start, float(curve.values[-1])) for curve in shown or [])])
     span = max(high - low, 1e-3)
     return low - 0.08 * span, high + 0.25 * span
-
-
-def lr_ticks(axes: Axes, lrs: Sequence[float]) -> None:
-    """The learning rates tried, and room beside them."""
-    stride = -(-len(lrs) // 8)
-    axes.set_xticks(list(lrs), [lr_text(lr) if index % stride == 0 else "" for index, lr in enumerate(lrs)])
-    axes.set_xticks([], minor=True)
-    lowest, highest = min(lrs), max(lrs)
-    margin = (highest / lowest) ** (0.5 / (len(lrs) - 1)) if len(lrs) > 1 else 2.0
-    axes.set_xlim(lowest / margin, highest * margin)

@@ -170,8 +170,12 @@ def settings_section(study: About) -> Markup:
     return page.section(label, content)
 
 
-def provenance_section(study: About, cells: Sequence[Cell]) -> Markup:
-    """Command, data, versions and every run."""
+def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = None) -> Markup:
+    """Command, data, versions and every run.
+
+    Args:
+        seeds: the seeds in words; default: those of the study, listed.
+    """
     data = study.data
     items = [
         ("Recipe", study.recipe or "not recorded"),
@@ -184,7 +188,7 @@ def provenance_section(study: About, cells: Sequence[Cell]) -> Markup:
             f"{count_text(finite(data.get('val_tokens')))} validation",
         ),
         ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
-        ("Seeds", ", ".join(str(seed) for seed in study.seeds)),
+        ("Seeds", ", ".join(str(seed) for seed in study.seeds) if seeds is None else seeds),
         *(pair for environment in study.environments for pair in environment_pairs(environment)),
         ("Wall time", duration_text(study.seconds)),
     ]

@@ -49,6 +49,7 @@ from gptnorm.study.measures import (
     sensitivity,
 )
 from gptnorm.study.outcome import Stability, Training
+from gptnorm.study.search import Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,11 @@ class Track:
     def failed(self) -> int:
         """Reported seeds that are not stable at the best rate."""
         return sum(self._at_best(seed) is not None and seed not in self.losses for seed in self.seeds)
+
+    @property
+    def ended(self) -> int:
+        """Reported seeds that have trained at the best rate, whatever came of it."""
+        return sum(self._at_best(seed) is not None for seed in self.seeds)
 
     @property
     def loss(self) -> Estimate | None:
@@ -309,15 +315,51 @@ class ToleranceStudy:
     """Those reported; none: a screening."""
     grid: tuple[float, ...]
     epsilon: float
+    search: Search
     stability: Stability
     tune: dict[str, list[Any]]
-    map: dict[str, list[Any]]
+    wanted_places: int
+    """How many the study asks for."""
     cells: tuple[Cell, ...]
 
     @property
     def screening(self) -> bool:
         """Whether the numbers are those of the seeds that pick."""
         return not self.seeds
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """The settings that differ from place to place."""
+        return tuple(key for key, _ in self.places[0].settings) if self.places else ()
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Every strategy but the baseline."""
+        return tuple(name for name in self.about.strategies if name != self.baseline)
+
+    def ranked(self, tracks: Mapping[str, Track]) -> list[str]:
+        """Every strategy, that of the lowest loss first.
+
+        Those without a loss come after, by what the picking seeds found, and last those without a track.
+        """
+
+        def key(name: str) -> tuple[float, float]:
+            track = tracks.get(name)
+            if track is None:
+                return math.inf, math.inf
+            return (math.inf if track.loss is None else track.loss.value), _loss_of(track)
+
+        return sorted(self.about.strategies, key=key)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether strategies are missing somewhere, or reported seeds at a best rate."""
+        if len(self.places) < self.wanted_places:
+            return True
+        tracks = [track for place in self.places for tracks in (place.own, place.tuned) for track in tracks.values()]
+        return any(len(place.own) < len(self.about.strategies) for place in self.places) or any(
+            not track.picked or (track.best is not None and track.ended < len(track.seeds)) for track in tracks
+        )
 
 
 def is_tolerance(folder: str | Path) -> bool:
@@ -368,6 +410,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         )
 
     places = dict.fromkeys(place for _, place, _ in trials)
+    order = {_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
     baseline = str(asked["baseline"])
     return ToleranceStudy(
         about=about,
@@ -379,16 +422,17 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
                 ),
                 baseline=baseline,
             )
-            for place in sorted(places, key=lambda place: _order(place, asked["map"]))
+            for place in sorted(places, key=lambda place: order.get(place, len(order)))
         ),
         baseline=baseline,
         pick=pick,
         seeds=about.seeds,
         grid=grid,
         epsilon=float(asked["epsilon"]),
+        search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},
-        map={key: list(values) for key, values in asked["map"].items()},
+        wanted_places=max(1, len(order)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
     )
 
@@ -418,14 +462,6 @@ def _cap(raw: Mapping[str, Any]) -> float | None:
 
 def _pairs(settings: Mapping[str, Any] | None) -> Pairs:
     return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in (settings or {}).items())
-
-
-def _order(place: Pairs, axes: Mapping[str, list[Any]]) -> tuple[int, ...]:
-    """A place's position, as its axes were written."""
-    return tuple(
-        values.index(list(value) if isinstance(value, tuple) else value)
-        for (_, value), values in zip(place, axes.values(), strict=True)
-    )
 
 
 def _loss_of(track: Track) -> float:

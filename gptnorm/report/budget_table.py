@@ -1,0 +1,75 @@
+"""Tables of a tolerance study that compares strategies at several budgets (study.map.train.steps)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gptnorm.report.budgets import Curve, at_equal_time, speed_up
+from gptnorm.report.estimates import difference_entry, ratio_entry
+from gptnorm.report.format import MISSING
+from gptnorm.report.grids import Entry, Grid
+from gptnorm.report.tolerance import Place, ToleranceStudy
+from gptnorm.study.measures import Estimate
+
+AXIS = "train.steps"
+
+SPEED_UP = "Speed-up over {}: how many times fewer steps to its loss"
+EQUAL_TIME = "Loss minus {}'s after the same time"
+
+Budgets = dict[int, Place]
+"""Places that differ in the number of steps alone."""
+
+
+def budget_grids(study: ToleranceStudy) -> list[Grid]:
+    """Speed-up and the loss after the same time, for each set of budgets."""
+    found: list[Grid | None] = []
+    for name, budgets in _groups(study):
+        title = SPEED_UP.format(study.baseline) + (f": {name}" if name else "")
+        found.append(_grid(study, title, budgets, lambda *args: ratio_entry(_speed_up(*args))))
+        title = EQUAL_TIME.format(study.baseline) + (f": {name}" if name else "")
+        found.append(_grid(study, title, budgets, lambda *args: difference_entry(_at_equal_time(*args))))
+    return [grid for grid in found if grid is not None]
+
+
+def _groups(study: ToleranceStudy) -> list[tuple[str, Budgets]]:
+    """(the other settings in words, budgets) of which there are two or more."""
+    groups: dict[str, Budgets] = {}
+    for place in study.places:
+        settings = dict(place.settings)
+        steps = settings.pop(AXIS, None)
+        if isinstance(steps, int):
+            name = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            groups.setdefault(name, {})[steps] = place
+    return [(name, dict(sorted(budgets.items()))) for name, budgets in groups.items() if len(budgets) > 1]
+
+
+def _grid(
+    study: ToleranceStudy, title: str, budgets: Budgets, entry: Callable[[Budgets, str, str, int], Entry]
+) -> Grid | None:
+    rows = tuple((name, *(entry(budgets, name, study.baseline, budget) for budget in budgets)) for name in study.others)
+    if all(text == MISSING for row in rows for text in row[1:]):
+        return None
+    return Grid(title=title, head=("strategy", *(f"at {budget} steps" for budget in budgets)), rows=rows, words=1)
+
+
+def _curves(budgets: Budgets, strategy: str) -> dict[int, Curve]:
+    """Loss by budget for each reported seed; without the budgets at which a seed failed."""
+    found: dict[int, dict[int, float]] = {}
+    for budget, place in budgets.items():
+        track = place.own.get(strategy)
+        if track is not None and not track.failed:
+            for seed, loss in track.losses.items():
+                found.setdefault(seed, {})[budget] = loss
+    return dict(found)
+
+
+def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: int) -> Estimate | None:
+    return speed_up(_curves(budgets, ours), _curves(budgets, theirs), budget)
+
+
+def _at_equal_time(budgets: Budgets, ours: str, theirs: str, budget: int) -> Estimate | None:
+    tracks = [budgets[budget].own.get(name) for name in (ours, theirs)]
+    seconds = [track.step_seconds if track else None for track in tracks]
+    if seconds[0] is None or seconds[1] is None:
+        return None
+    return at_equal_time(_curves(budgets, ours), _curves(budgets, theirs), budget, seconds[0] / seconds[1])

@@ -1,0 +1,100 @@
+r"""What several budgets tell: how many times fewer steps to the same loss, and the loss after the same time.
+
+A budget T is the number of steps of a full schedule; loss curves below are over budgets, one per seed, each budget at
+the strategy's own best rate there. Between two budgets the loss is a straight line in ln T.
+
+| measure | definition | source |
+|---|---|---|
+| speed-up at T | $T / T'$, $T'$ the first budget at which our loss is the baseline's at T | angpt.md §5.1 |
+| difference at equal time | our loss at $T\, s_b / s$ minus the baseline's at T; s, s_b: seconds per step | ours |
+
+All budgets have the same tokens per step, so fewer steps are fewer tokens. anGPT does not say how it reads $T'$ off
+(angpt.md §9); nothing is extrapolated here, so at the ends of the budgets only a bound may be known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from gptnorm.study.measures import Estimate, geometric_mean, paired_difference
+
+Curve = Mapping[int, float]
+"""Loss by budget."""
+
+
+class Needed(NamedTuple):
+    """The budget that a loss takes."""
+
+    budget: float
+    bound: Literal["at most", "more than"] | None
+    """The smallest budget's loss is lower still, or the largest one's is not low enough."""
+
+
+def needed(curve: Curve, level: float) -> Needed | None:
+    """The first budget at which the loss comes down to `level`; None for a curve without a budget."""
+    points = sorted(curve.items())
+    if not points:
+        return None
+    if points[0][1] <= level:
+        return Needed(points[0][0], None if points[0][1] == level else "at most")
+    for (start, above), (end, loss) in pairwise(points):
+        if loss <= level:
+            share = (above - level) / (above - loss)
+            return Needed(start * (end / start) ** share, None)
+    return Needed(points[-1][0], "more than")
+
+
+def loss_at(curve: Curve, budget: float) -> float | None:
+    """The loss at a budget; None outside those of the curve."""
+    for known, loss in curve.items():
+        if math.isclose(known, budget, rel_tol=1e-9):
+            return loss
+    for (start, a), (end, b) in pairwise(sorted(curve.items())):
+        if start < budget < end:
+            return a + (b - a) * math.log(budget / start) / math.log(end / start)
+    return None
+
+
+def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: int) -> Estimate | None:
+    """How many times fewer steps we take to the baseline's loss at `budget`, over the seeds that have both.
+
+    Args:
+        ours, theirs: a curve for each seed.
+
+    Returns:
+        The geometric mean with its interval. Where some seed gives a bound alone, the interval has no end on that side;
+        None where seeds give bounds on both sides, or no seed has both.
+    """
+    found = [
+        (budget / need.budget, need.bound)
+        for seed in sorted(ours.keys() & theirs.keys())
+        if budget in theirs[seed] and (need := needed(ours[seed], theirs[seed][budget])) is not None
+    ]
+    bounds = {bound for _, bound in found}
+    if not found or {"at most", "more than"} <= bounds:
+        return None
+    mean = geometric_mean([ratio for ratio, _ in found])
+    low = None if "more than" in bounds else mean.low
+    high = None if "at most" in bounds else mean.high
+    return Estimate(value=mean.value, low=low, high=high, seeds=mean.seeds)
+
+
+def at_equal_time(
+    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: int, slowdown: float
+) -> Estimate | None:
+    """Our loss minus the baseline's at `budget`, we being given the same time, seed by seed.
+
+    Args:
+        slowdown: our seconds per step over the baseline's.
+
+    Returns:
+        None where no seed has both, or the time is that of a budget outside ours.
+    """
+    our_loss = {seed: loss_at(curve, budget / slowdown) for seed, curve in ours.items()}
+    return paired_difference(
+        {seed: loss for seed, loss in our_loss.items() if loss is not None},
+        {seed: curve[budget] for seed, curve in theirs.items() if budget in curve},
+    )

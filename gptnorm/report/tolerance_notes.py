@@ -1,0 +1,129 @@
+"""What the words and signs in the tables of a tolerance study mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from gptnorm.report.budget_table import EQUAL_TIME, SPEED_UP
+from gptnorm.report.format import MISSING, loss_text, lr_text, names_text, plural
+from gptnorm.report.grids import Grid
+from gptnorm.report.tolerance import ToleranceStudy
+
+
+def notes(study: ToleranceStudy, grids: Sequence[Grid]) -> list[str]:
+    """Plain lines that explain the words and signs of `grids`, and only those that occur."""
+    if not grids:
+        return partial_notes(study)
+    titles = " ".join(grid.title for grid in grids)
+    entries = [str(entry) for grid in grids for row in grid.rows for entry in row[1:]]
+    heads = " ".join(head for grid in grids for head in grid.head)
+
+    def marked(pattern: str) -> bool:
+        return any(re.search(pattern, entry) for entry in entries)
+
+    return [
+        *partial_notes(study),
+        _loss(study),
+        _best(study),
+        *(text for pattern, text in _SIGNS.items() if marked(pattern)),
+        stability_note(study),
+        *(text for word, text in _words(study).items() if word in heads or word in titles),
+        *([f"{MISSING}: no number, or a ratio whose interval is not known."] if MISSING in entries else []),
+    ]
+
+
+def partial_notes(study: ToleranceStudy) -> list[str]:
+    """What is missing."""
+    if not study.places:
+        return ["No run has ended yet."]
+    if not study.unfinished:
+        return []
+    absent = [name for name in study.about.strategies if any(name not in place.own for place in study.places)]
+    tail = (
+        f" There is no run yet of {names_text(absent)}{' somewhere' if len(study.places) > 1 else ''}."
+        if absent
+        else ""
+    )
+    return [f"Partial: the study has not come to its end ({plural(len(study.cells), 'run')} so far).{tail}"]
+
+
+def stability_note(study: ToleranceStudy) -> str:
+    """When a run counts as stable, with the numbers of this study."""
+    rules = ["the run finished"]
+    entropy = study.about.unigram_entropy
+    if math.isfinite(study.stability.margin) and entropy is not None:
+        rules.append(
+            f"its validation loss is {study.stability.margin:g} nats or more below the unigram entropy, "
+            f"{loss_text(entropy)} (the loss of a model that knows token frequencies alone)"
+        )
+    if math.isfinite(study.stability.rise):
+        rules.append(
+            f"its training loss over the last 5 % of the steps is at most {study.stability.rise:g} nats above its "
+            "lowest over any stretch as long"
+        )
+    return f"Stable: {', '.join(rules[:-1])} and {rules[-1]}." if len(rules) > 1 else f"Stable: {rules[0]}."
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """ "seed 0", "seeds 1, 2 and 3"."""
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {names_text([str(seed) for seed in seeds])}"
+
+
+def _loss(study: ToleranceStudy) -> str:
+    if study.screening:
+        return (
+            f"A screening: the numbers are those of the {plural(len(study.pick), 'seed')} that picked each best rate, "
+            "so every best loss is flattered. Loss: validation, nats per token."
+        )
+    return f"Loss: validation, nats per token, over {plural(len(study.seeds), 'seed')} that did not pick the rate."
+
+
+def _best(study: ToleranceStudy) -> str:
+    return (
+        f"Best rate: that of the lowest loss on {seeds_text(study.pick)}; neighbours were tried until they were within "
+        f"a factor {study.search.optimum:g}."
+    )
+
+
+_SIGNS = {
+    r" edge$": "edge: lowest or highest rate tried, so no optimum; what is compared at it is no result.",
+    r"^unstable": "unstable (k of n): k of n seeds are not stable at the best rate, so no mean is given: one over the "
+    "others would flatter.",
+    r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at the best rate so far.",
+    r"\[": "[low, high]: 95 % t-interval over seeds, of the mean; of rates and ratios that of the mean logarithm. "
+    "Differences and ratios are taken seed by seed. A ratio stands with its interval only.",
+    r"≥": "≥: known from below only, since on some seed no failure or rise was seen; of a ratio, the lower end of its "
+    "interval.",
+    r"≤": "≤: known from above only, the upper end of the interval.",
+    r"^none$": "none: at no rate, or on some seed at none.",
+}
+"""What signs mean, by a pattern of the entries that bear them."""
+
+
+def _words(study: ToleranceStudy) -> dict[str, str]:
+    """What words of heads and titles mean."""
+    low, high = (lr_text(lr) for lr in (study.grid[0], study.grid[-1]))
+    base, near = study.baseline, f"ithin {study.epsilon:g} nats of own best"
+    both = f"W{near}, and at most {base}'s best loss" if study.others else f"W{near}"
+    return {
+        "argest stable rate": "Largest stable rate: going up from the best, midway in the logarithm between the last "
+        "stable rate tried and the first unstable one, seed by seed, geometric mean. The interval also holds how "
+        "closely it is known.",
+        near: f"{both}: the largest rate up to which the loss stays so, interpolated in ln(rate), seed by seed.",
+        "LR sensitivity": f"LR sensitivity: mean excess over the own lowest loss, over ln(rate) from {low} to {high}, "
+        "in nats; a loss counts for at most that of a model that knows nothing. Of the picking seeds if the others did "
+        "not train over all of the grid.",
+        "spikes": "Spikes: training losses more than 0.3 nats above the median of the 50 before, mean over seeds.",
+        "validation gap": "Validation gap: validation loss minus training loss over the last 5 % of the steps.",
+        "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
+        "what it returns, mean over blocks; 0 is an affine map.",
+        "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",
+        "chosen setting": "Tuned: every strategy with that of its settings, its own included, that is best on the "
+        "picking seeds.",
+        SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
+        "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
+        EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "
+        "per step; no number where that is outside the budgets.",
+    }

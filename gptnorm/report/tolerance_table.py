@@ -1,0 +1,225 @@
+"""The tables of a tolerance study for the terminal, as Markdown and for the page, all from the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Group
+
+from gptnorm.report.budget_table import budget_grids
+from gptnorm.report.estimates import difference_entry, loss_entry, rate_entry, ratio_entry
+from gptnorm.report.format import MISSING, count_text, lr_text
+from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
+from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
+from gptnorm.report.tolerance_notes import notes
+from gptnorm.study.measures import Estimate, paired_difference
+
+EDGE = "edge"
+BASELINE = "baseline"
+NONE = "none"
+WIDE = 4
+"""Places that stand side by side; more stand below each other."""
+
+
+def grids(study: ToleranceStudy) -> list[Grid]:
+    """The tables, those of several places first."""
+    found = [*overview_grids(study), *budget_grids(study)]
+    for place in study.places:
+        found += place_grids(study, place)
+    return found
+
+
+def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
+    """The tables of one place, the answer first; tables without a number are left out."""
+    found = [
+        _loss_grid(study, place),
+        _rate_grid(study, place),
+        *_tuned_grids(study, place),
+        _other_grid(study, place),
+    ]
+    return [grid for grid in found if grid is not None]
+
+
+def overview_grids(study: ToleranceStudy) -> list[Grid]:
+    """Every strategy against the baseline at each place, if there are several."""
+    if len(study.places) < 2 or not study.others:
+        return []
+    pairs = [place.pairs(tuned=False) for place in study.places]
+    base = study.baseline
+    found = [_over_places(study, f"Loss minus {base}'s, each at its own best rate", pairs, _difference)]
+    if any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
+        title = f"Largest stable rate over {base}'s"
+        found.append(_over_places(study, title, pairs, _edge_ratio))
+    return found
+
+
+def rich_tolerance(study: ToleranceStudy) -> Group:
+    """The tables for the terminal; print it with a `rich.console.Console`."""
+    tables = grids(study)
+    return rich_grids(study.about.title, tables, notes(study, tables))
+
+
+def markdown_tolerance(study: ToleranceStudy) -> str:
+    """The tables and their notes as Markdown, ending in a newline."""
+    tables = grids(study)
+    return markdown_grids(tables, notes(study, tables), titled=True)
+
+
+def _loss_grid(study: ToleranceStudy, place: Place) -> Grid:
+    pairs = place.pairs(tuned=False)
+    head = ["strategy", "loss", "best rate"]
+    if study.others:
+        head.append(f"loss minus {study.baseline}'s")
+    sensitive = any(track.sensitivity for track in place.own.values())
+    if sensitive:
+        head.append("LR sensitivity")
+    rows = []
+    for name in study.ranked(place.own):
+        track = place.own.get(name)
+        row = [name, _loss(track), _best(track)]
+        if study.others:
+            row.append(BASELINE if name == study.baseline else _difference(pairs.get(name)))
+        if sensitive:
+            row.append(loss_entry(track.sensitivity if track else None))
+        rows.append(tuple(row))
+    return Grid(title=_title("Loss, each at its own best rate", place), head=tuple(head), rows=tuple(rows), words=1)
+
+
+def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+    tracks, pairs, base = place.own, place.pairs(tuned=False), study.baseline
+    edges = any(track.edge for track in tracks.values())
+    if not edges and not any(track.near for track in tracks.values()):
+        return None
+    columns: dict[str, Callable[[str], Entry]] = {}
+    if edges:
+        columns["largest stable rate"] = lambda name: rate_entry(tracks[name].edge if name in tracks else None)
+    if edges and study.others:
+        columns[f"that over {base}'s"] = lambda name: BASELINE if name == base else _edge_ratio(pairs.get(name))
+    near = f"within {study.epsilon:g} nats of own best up to"
+    columns[near] = lambda name: rate_entry(tracks[name].near if name in tracks else None)
+    if study.others:
+        columns[f"at most {base}'s best loss up to"] = lambda name: _beats(pairs.get(name))
+    return Grid(
+        title=_title("How far the rate can be pushed", place),
+        head=("strategy", *columns),
+        rows=tuple((name, *(entry(name) for entry in columns.values())) for name in study.ranked(tracks)),
+        words=1,
+    )
+
+
+def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
+    """What tuning gives each strategy, and what it leaves of the differences."""
+    if not study.tune:
+        return []
+    own, tuned, base = place.own, place.tuned, study.baseline
+    names, what = study.ranked(tuned), ", ".join(study.tune)
+    gains = []
+    for name in names:
+        before, after = own.get(name), tuned.get(name)
+        setting = after.setting if after and after.best else MISSING
+        gains.append((name, setting, _loss(before), _loss(after), difference_entry(_gain(before, after))))
+    head = ("strategy", "chosen setting", "loss as it comes", "loss tuned", "tuned minus as it comes")
+    found = [Grid(title=_title(f"Tuned: {what}", place), head=head, rows=tuple(gains), words=2)]
+    if study.others:
+        pairs, both = place.pairs(tuned=False), place.pairs(tuned=True)
+        columns: dict[str, Callable[[str], Entry]] = {
+            f"loss minus {base}'s, as they come": lambda name: _difference(pairs.get(name)),
+            "both tuned": lambda name: _difference(both.get(name)),
+        }
+        if any(pair.edge_ratio for pair in (*pairs.values(), *both.values())):
+            columns[f"largest stable rate over {base}'s, as they come"] = lambda name: _edge_ratio(pairs.get(name))
+            columns["both tuned "] = lambda name: _edge_ratio(both.get(name))
+        rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)
+        title = _title(f"Against {base}, as they come and with {what} tuned for both", place)
+        found.append(Grid(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
+    return found
+
+
+def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+    columns: list[tuple[str, Callable[[Track], Entry]]] = [
+        ("spikes", lambda track: MISSING if track.spikes is None else f"{track.spikes.value:.3g}"),
+        ("validation gap", lambda track: difference_entry(track.gap)),
+        ("branch nonlinearity", lambda track: loss_entry(track.nonlinearity)),
+        ("parameters", lambda track: count_text(track.parameters)),
+        ("seconds per step", lambda track: _significant(track.step_seconds)),
+        ("peak memory, GiB", lambda track: _significant(track.memory, 2**30)),
+    ]
+    filled = [(head, entry) for head, entry in columns if any(entry(track) != MISSING for track in place.own.values())]
+    if not filled:
+        return None
+    rows = []
+    for name in study.ranked(place.own):
+        track = place.own.get(name)
+        rows.append((name, *(MISSING if track is None else entry(track) for _, entry in filled)))
+    title = _title("What else was measured, each at its own best rate", place)
+    return Grid(title=title, head=("strategy", *(head for head, _ in filled)), rows=tuple(rows), words=1)
+
+
+def _over_places(
+    study: ToleranceStudy, title: str, pairs: Sequence[dict[str, Pair]], entry: Callable[[Pair | None], Entry]
+) -> Grid:
+    """Strategies by places, or the other way round where there are many places."""
+    names = [place.name for place in study.places]
+
+    def text(at_place: dict[str, Pair], name: str) -> Entry:
+        return entry(at_place[name]) if name in at_place else MISSING
+
+    if len(names) <= WIDE:
+        rows = tuple((name, *(text(at_place, name) for at_place in pairs)) for name in study.others)
+        return Grid(title=title, head=("strategy", *names), rows=rows, words=1)
+    rows = tuple(
+        (place, *(text(at_place, name) for name in study.others)) for place, at_place in zip(names, pairs, strict=True)
+    )
+    return Grid(title=title, head=("at", *study.others), rows=rows, words=1)
+
+
+def _title(title: str, place: Place) -> str:
+    return f"{title}: {place.name}" if place.name else title
+
+
+def _loss(track: Track | None) -> Entry:
+    if track is None or not track.seeds:
+        return MISSING
+    if track.failed:
+        return Stacked("unstable", f"({track.failed} of {track.ended})")
+    entry = loss_entry(track.loss)
+    if track.loss is None or track.ended == len(track.seeds):
+        return entry
+    seeds = f"({track.ended} of {len(track.seeds)})"
+    return Stacked(entry, seeds) if isinstance(entry, str) else Stacked(entry.value, f"{entry.below} {seeds}")
+
+
+def _best(track: Track | None) -> str:
+    if track is None or not track.picked:
+        return MISSING
+    if track.best is None:
+        return NONE
+    return f"{lr_text(track.best.lr)} {EDGE}" if track.end else lr_text(track.best.lr)
+
+
+def _difference(pair: Pair | None) -> Entry:
+    return difference_entry(pair.difference if pair else None)
+
+
+def _edge_ratio(pair: Pair | None) -> Entry:
+    return ratio_entry(pair.edge_ratio if pair else None)
+
+
+def _beats(pair: Pair | None) -> Entry:
+    if pair is None:
+        return MISSING
+    found = pair.beats
+    if found is None and pair.theirs.losses and pair.theirs.losses.keys() <= pair.ours.losses.keys():
+        return NONE
+    return rate_entry(found)
+
+
+def _gain(before: Track | None, after: Track | None) -> Estimate | None:
+    """Of what another setting than its own is best for, with no seed that failed."""
+    if before is None or after is None or before is after or before.failed or after.failed:
+        return None
+    return paired_difference(after.losses, before.losses)
+
+
+def _significant(value: float | None, unit: float = 1.0) -> str:
+    return MISSING if value is None else f"{value / unit:.3g}"

@@ -1,0 +1,228 @@
+"""The plain answer of a tolerance study in sentences, and what to hold against it.
+
+Every sentence is computed from the data and plain text; whoever shows it escapes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from gptnorm.report.estimates import difference_text, ratio_text, side
+from gptnorm.report.format import loss_text, lr_text, names_text, plural
+from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
+from gptnorm.report.tolerance_notes import partial_notes, seeds_text
+from gptnorm.study.measures import Estimate
+
+MOST_NAMED = 4
+"""Strategies that a sentence lists one by one."""
+
+
+def answer(study: ToleranceStudy) -> list[str]:
+    """What the study says, most important sentence first."""
+    if not any(track.best for place in study.places for track in place.own.values()):
+        what = "at no rate is any strategy stable" if study.places else "no run has ended"
+        return [f"There is nothing to compare yet: {what}.", *(partial_notes(study) if study.places else [])]
+    if len(study.places) == 1:
+        (place,) = study.places
+        found = [*_lowest(study, place), *_tolerance(study, place), *_tuned(study, place), *_ends(place)]
+    else:
+        found = [*_lowest_of_many(study), *_against_of_many(study)]
+    return [*found, *partial_notes(study)]
+
+
+def caveats(study: ToleranceStudy) -> list[str]:
+    """What a careful reader should know before quoting the numbers."""
+    seeds = len(study.seeds)
+    found = []
+    if study.screening:
+        found.append(
+            "A screening: every best rate was picked on the seeds that its loss is given for, so it is too good. Name "
+            "study.seeds to have other seeds reported."
+        )
+    else:
+        found.append(
+            f"Best rates were picked on {seeds_text(study.pick)} and reported on {seeds_text(study.seeds)}, but on the "
+            "same validation text: what is special to that text is not averaged out."
+        )
+    if seeds == 1 or (study.screening and len(study.pick) == 1):
+        found.append("One seed shows no spread: no difference or ratio here can be told from chance.")
+    elif not study.screening:
+        few = f" {plural(seeds, 'seed').capitalize()} make them wide; five or more are better." if seeds < 5 else ""
+        found.append(
+            "Intervals are Student's t over seeds, paired by seed, normal differences (of rates: logarithms) "
+            f"assumed.{few}"
+        )
+    if len(study.about.strategies) * max(1, len(study.places)) > 2:
+        found.append("With many comparisons, about one interval in twenty misses the truth.")
+    if any(track.end for place in study.places for track in place.own.values()):
+        found.append("Where the best is the lowest or highest rate tried, it is no optimum, and no comparison is fair.")
+    found.append(
+        f"A best rate is known to about a factor {study.search.optimum:g}, an edge to a factor {study.search.edge:g}. "
+        "What counts as stable is a choice; the tables say which."
+    )
+    if study.about.differing:
+        found.append(
+            "Each strategy comes with its own settings, listed above (warm-up, weight decay and the like); they may "
+            "cause part of a difference." + ("" if study.tune else " Nothing but the rate was tuned.")
+        )
+    if any(track.step_seconds for place in study.places for track in place.own.values()):
+        found.append("Times are of whatever machine ran it; where several ran at once, they are rough.")
+    found.append(
+        "Tolerance can change with model size, data, length of training and batch size; this study shows it for the "
+        "settings above only."
+    )
+    return found
+
+
+def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
+    ranked = [place.own[name] for name in study.ranked(place.own) if name in place.own and place.own[name].loss]
+    if not ranked:
+        return ["Which strategy has the lowest loss cannot be told yet: none has a best rate at which no seed failed."]
+    first, *others = ranked
+    assert first.loss is not None
+    assert first.best is not None
+    flattered = ", on the seeds that picked it" if study.screening else ""
+    count = len(study.about.strategies)
+    some = f", of the {len(ranked)} of {count} strategies that have one" if 1 < len(ranked) < count else ""
+    head = f"at its own best rate{some}: {loss_text(first.loss.value)} nats at {lr_text(first.best.lr)}{flattered}"
+    if not others:
+        only = "is the only strategy with a loss" if count > 1 else "has its lowest loss"
+        return [f"{first.strategy} {only} {head}."]
+    theirs = place.own.get(study.baseline)
+    rivals = [(others[0], f"that of {others[0].strategy}, the next,")]
+    if theirs is not None and theirs in others[1:]:
+        rivals.insert(0, (theirs, f"{theirs.strategy}'s"))
+    told = "; minus ".join(f"{who} {_compared(first, rival)}" for rival, who in rivals)
+    return [f"{first.strategy} has the lowest loss {head}.", f"Seed by seed its loss minus {told}."]
+
+
+def _compared(ours: Track, theirs: Track) -> str:
+    """Whether our lower loss can be told from chance."""
+    difference = Pair(ours=ours, theirs=theirs).difference
+    if difference is None:
+        return "is not known, for no seed has both"
+    if side(difference) is None:
+        return f"is {_difference(difference)}, one seed only, which cannot be told from chance"
+    holds = "which excludes 0" if side(difference) else "which holds 0 and so may be chance"
+    return f"is {_difference(difference)}, {holds}"
+
+
+def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
+    pairs = place.pairs(tuned=False)
+    if not pairs or not any(pair.ours.edges or pair.theirs.edges for pair in pairs.values()):
+        return []
+    told: dict[str, Estimate] = {}
+    for name, pair in pairs.items():
+        ratio = pair.edge_ratio
+        if ratio is not None and side(ratio, 1.0):
+            told[name] = ratio
+    unsure = [name for name in pairs if name not in told]
+    sentences = []
+    if told and len(told) <= MOST_NAMED:
+        first, *rest = sorted(told, key=lambda name: -told[name].value)
+        more = "".join(f", {name} {_times(told[name])}" for name in rest)
+        sentences.append(
+            f"{first} tolerates {_times(told[first])} the learning rate that {study.baseline} does{more} (largest "
+            "stable rate; 95 % interval)."
+        )
+    elif told:
+        up = [name for name in told if side(told[name], 1.0) == 1]
+        sentences.append(
+            f"{len(up)} strategies tolerate a higher learning rate than {study.baseline}, "
+            f"{len(told) - len(up)} a lower one; the table says by how much."
+        )
+    if unsure:
+        who = names_text(unsure) if len(unsure) <= MOST_NAMED else f"{len(unsure)} strategies"
+        why = ""
+        theirs = place.own.get(study.baseline)
+        if theirs is not None and theirs.edge is not None and theirs.edge.at_least:
+            why = f": {study.baseline} did not fail on every seed up to the highest rate tried"
+        verb = "tolerates" if len(unsure) == 1 else "tolerate"
+        sentences.append(f"Whether {who} {verb} more or less than {study.baseline} cannot be told{why}.")
+    return sentences
+
+
+def _tuned(study: ToleranceStudy, place: Place) -> list[str]:
+    pairs = place.pairs(tuned=True)
+    ranked = [name for name in study.ranked(place.tuned) if name in pairs and pairs[name].difference]
+    if not study.tune or not ranked:
+        return []
+    name = ranked[0]
+    difference = pairs[name].difference
+    assert difference is not None
+    return [
+        f"With {names_text(list(study.tune))} tuned for both, {name}'s loss minus {study.baseline}'s is "
+        f"{_difference(difference)}."
+    ]
+
+
+def _ends(place: Place) -> list[str]:
+    sentences = []
+    for end, direction in (("highest", "higher"), ("lowest", "lower")):
+        names = [track.strategy for track in place.own.values() if track.end == end]
+        if names:
+            sentences.append(
+                f"For {names_text(names)} the best is the {end} rate tried, so it is no result: a {direction} one may "
+                "do better."
+            )
+    none = [track.strategy for track in place.own.values() if track.picked and track.best is None]
+    if none:
+        sentences.append(f"For {names_text(none)} no rate is stable.")
+    return sentences
+
+
+def _lowest_of_many(study: ToleranceStudy) -> list[str]:
+    places = [(place, study.ranked(place.own)[0]) for place in study.places]
+    firsts = Counter(name for place, name in places if name in place.own and place.own[name].loss)
+    if not firsts:
+        return ["Which strategy has the lowest loss cannot be told yet: none has a best rate at which no seed failed."]
+    many = len(study.places)
+    told = [f"{name} at {count} of {many} places" for name, count in firsts.most_common()]
+    flattered = ", on the seeds that picked the rates" if study.screening else ""
+    return [f"Lowest loss, each strategy at its own best rate{flattered}: {names_text(told)}."]
+
+
+def _against_of_many(study: ToleranceStudy) -> list[str]:
+    sentences = []
+    pairs = [place.pairs(tuned=False) for place in study.places]
+    for name in study.others[:MOST_NAMED]:
+        found = [at_place[name] for at_place in pairs if name in at_place]
+        losses = [side(pair.difference) for pair in found]
+        rates = [side(pair.edge_ratio, 1.0) for pair in found]
+        sentences.append(
+            f"Against {study.baseline}, {name} has {_counted(losses, 'a lower loss', 'a higher one', -1)}, and "
+            f"tolerates {_counted(rates, 'a higher learning rate', 'a lower one', 1)}."
+        )
+    if len(study.others) > MOST_NAMED:
+        sentences.append("The tables say it of the others.")
+    return sentences
+
+
+def _counted(sides: list[int | None], good: str, bad: str, sign: int) -> str:
+    """ "a lower loss at 2 of 3 places (at 1 it cannot be told)"."""
+    known = Counter(sides)
+    unsure = known[0] + known[None]
+    text = f"{good} at {known[sign]} of {plural(len(sides), 'place')}"
+    if known[-sign]:
+        text += f", {bad} at {known[-sign]}"
+    return text + (f" (at {unsure} it cannot be told)" if unsure else "")
+
+
+def _difference(found: Estimate) -> str:
+    """ "-0.0657 (95 % interval -0.0712 to -0.0602, 5 seeds)"."""
+    if found.low is None or found.high is None:
+        return difference_text(found.value)
+    return (
+        f"{difference_text(found.value)} (95 % interval {difference_text(found.low)} to {difference_text(found.high)}, "
+        f"{plural(found.seeds, 'seed')})"
+    )
+
+
+def _times(found: Estimate) -> str:
+    """ "3.10× [2.20, 4.40]", "at least 2.20×" or "at most 0.70×"."""
+    if found.low is not None and found.high is not None:
+        return f"{ratio_text(found.value)}× [{ratio_text(found.low)}, {ratio_text(found.high)}]"
+    if found.low is not None:
+        return f"at least {ratio_text(found.low)}×"
+    assert found.high is not None
+    return f"at most {ratio_text(found.high)}×"

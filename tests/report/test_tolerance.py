@@ -1,0 +1,333 @@
+"""Tables of tolerance studies: numbers against ledgers whose answer is known, and whatever a ledger may lack."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tolerance_folders import ENTROPY, VOCAB, Bowl, line, lines_of, make_tolerance
+
+from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
+from gptnorm.report.tolerance_notes import notes, stability_note
+from gptnorm.report.tolerance_table import grids
+from gptnorm.report.tolerance_verdict import answer, caveats
+
+RATES = tuple(1e-3 * 2**k for k in range(9))
+SEEDS = (1, 2, 3, 4, 5)
+T5 = 2.7764
+"""Student's t, 95 %, four degrees of freedom."""
+
+SLOPE = 0.1
+SHIFTS = {0: 0.0, 1: 0.011, 2: -0.004, 3: 0.007, 4: -0.012, 5: 0.002}
+BASE_EDGES = {0: 7, 1: 6, 2: 6, 3: 7, 4: 6, 5: 7}
+OUR_EDGES = {0: 8, 1: 8, 2: 7, 3: 8, 4: 8, 5: 8}
+"""Index of the first rate that diverges, by seed."""
+
+
+def base_loss(k: int, seed: int) -> float | None:
+    """Straight lines in ln η around the rate of index 3."""
+    return None if k >= BASE_EDGES[seed] else 2.0 + SHIFTS[seed] + SLOPE * abs(k - 3)
+
+
+def our_loss(k: int, seed: int) -> float | None:
+    """The same around the rate of index 4, lower."""
+    return None if k >= OUR_EDGES[seed] else 1.85 - 2 * SHIFTS[seed] + SLOPE * abs(k - 4)
+
+
+def known_lines() -> list[dict[str, Any]]:
+    pairs = (("base", base_loss), ("ours", our_loss))
+    return [
+        line(name, lr, seed, loss(k, seed)) for name, loss in pairs for k, lr in enumerate(RATES) for seed in SHIFTS
+    ]
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and ends, from a table's t."""
+    mean, half = statistics.fmean(values), T5 * statistics.stdev(values) / math.sqrt(5)
+    return mean, mean - half, mean + half
+
+
+def geometric(values: list[float]) -> tuple[float, ...]:
+    return tuple(map(math.exp, interval([math.log(value) for value in values])))
+
+
+def row_of(text: str, title: str, strategy: str) -> list[str]:
+    """The entries of a row of the Markdown table below a title."""
+    table = text.split(f"**{title}**\n\n", 1)[1].split("\n\n", 1)[0]
+    (row,) = [entry for entry in table.splitlines() if entry.startswith(f"| {strategy} |")]
+    return [entry.strip() for entry in row.strip("|").split("|")]
+
+
+def numbers(entry: str) -> tuple[float, ...]:
+    return tuple(map(float, re.findall(r"[-+]?\d[\d.]*(?:e-?\d+)?", entry)))
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = make_tolerance(tmp_path_factory.mktemp("known"), known_lines(), lrs=RATES)
+    return markdown_tolerance(load_tolerance(folder))
+
+
+def test_losses_and_differences(known: str) -> None:
+    base = [2.0 + SHIFTS[seed] for seed in SEEDS]
+    ours = [1.85 - 2 * SHIFTS[seed] for seed in SEEDS]
+    title = "Loss, each at its own best rate"
+    _, loss, best, difference, _ = row_of(known, title, "ours")
+    assert best == "1.6e-2"
+    assert numbers(loss) == pytest.approx(interval(ours), abs=6e-5)
+    assert numbers(difference) == pytest.approx(interval([a - b for a, b in zip(ours, base, strict=True)]), abs=6e-5)
+    _, loss, best, difference, _ = row_of(known, title, "base")
+    assert (best, difference) == ("8e-3", "baseline")
+    assert numbers(loss) == pytest.approx(interval(base), abs=6e-5)
+    assert known.index("| ours |") < known.index("| base |"), "the lowest loss stands first"
+
+
+def test_edges_and_their_ratio(known: str) -> None:
+    title = "How far the rate can be pushed"
+    base, ours = ([edges[seed] for seed in SEEDS] for edges in (BASE_EDGES, OUR_EDGES))
+    for name, edges in (("base", base), ("ours", ours)):
+        middle = geometric([math.sqrt(RATES[k - 1] * RATES[k]) for k in edges])[0]
+        low, high = geometric([RATES[k - 1] for k in edges])[1], geometric([RATES[k] for k in edges])[2]
+        assert numbers(row_of(known, title, name)[1]) == pytest.approx((middle, low, high), rel=5e-3)
+    ratios = [2.0 ** (a - b) for a, b in zip(ours, base, strict=True)]
+    # Either edge is known to a factor of two, from its last stable rate to its first unstable one.
+    value, low, high = geometric(ratios)
+    assert numbers(row_of(known, title, "ours")[2]) == pytest.approx((value, low / 2, high * 2), rel=5e-3)
+    assert row_of(known, title, "base")[2] == "baseline"
+
+
+def test_reach(known: str) -> None:
+    """SLOPE nats an octave: ε = 0.05 is half an octave, and the lead over the baseline's best is so many."""
+    _, _, _, near, beats = row_of(known, "How far the rate can be pushed", "ours")
+    assert numbers(near) == pytest.approx([RATES[4] * 2 ** (0.05 / SLOPE)] * 3, rel=5e-3)
+    leads = [(2.0 + SHIFTS[seed] - 1.85 + 2 * SHIFTS[seed]) / SLOPE for seed in SEEDS]
+    expected = [RATES[4] * 2**octaves for octaves in interval(leads)]
+    assert numbers(beats) == pytest.approx(expected, rel=5e-3)
+
+
+def test_sensitivity(known: str) -> None:
+    """Against numpy's trapezoids: what diverged counts ln V."""
+    for name, loss, best in (("base", base_loss, 3), ("ours", our_loss, 4)):
+        found = []
+        for seed in SEEDS:
+            losses = [loss(k, seed) for k in range(len(RATES))]
+            excess = [(math.log(VOCAB) if at is None else at) - (losses[best] or 0) for at in losses]
+            x = np.log(RATES)
+            found.append(float(np.trapezoid(excess, x) / (x[-1] - x[0])))
+        entry = row_of(known, "Loss, each at its own best rate", name)[4]
+        assert numbers(entry) == pytest.approx(interval(found), abs=6e-5)
+
+
+def test_what_else_was_measured(tmp_path: Path) -> None:
+    lines = known_lines()
+    for entry in lines:
+        entry["spikes"] = entry["seed"]
+        entry["memory"] = 3 * 2**29
+    text = markdown_tolerance(load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES)))
+    row = row_of(text, "What else was measured, each at its own best rate", "ours")
+    # 12 s for 6 steps; the tail lies 0.25 below the validation loss; two blocks of 0.1 and 0.3.
+    expected = ["ours", "3", r"+0.2500 \[+0.2500, +0.2500]", r"0.2000 \[0.2000, 0.2000]", "1,000", "2", "1.5"]
+    assert row == expected
+    head = text.splitlines()
+    assert any("peak memory, GiB" in entry for entry in head)
+    assert "Spikes:" in text
+
+
+def test_answer_says_what_can_be_told(tmp_path: Path) -> None:
+    study = load_tolerance(make_tolerance(tmp_path / "known", known_lines(), lrs=RATES))
+    first, second, third = answer(study)
+    assert first.startswith("ours has the lowest loss at its own best rate: 1.8484 nats at 1.6e-2")
+    assert "which excludes 0" in second
+    ours, base = ([edges[seed] for seed in SEEDS] for edges in (OUR_EDGES, BASE_EDGES))
+    value, low, high = geometric([2.0 ** (a - b) for a, b in zip(ours, base, strict=True)])
+    if low / 2 > 1:
+        assert f"ours tolerates {value:.2f}× [{low / 2:.2f}, {high * 2:.2f}]" in third
+    else:
+        assert third == "Whether ours tolerates more or less than base cannot be told."
+    bowls = {"base": Bowl(4e-3, edge=1.5e-2), "ours": Bowl(4e-3, bottom=2.001, edge=1.2e-1)}
+    lines = lines_of(bowls, RATES, range(6))
+    text = " ".join(answer(load_tolerance(make_tolerance(tmp_path / "far", lines, lrs=RATES))))
+    assert "base has the lowest loss" in text
+    # Edges between 8e-3 and 1.6e-2, and between 6.4e-2 and 1.28e-1, on every seed alike.
+    assert "ours tolerates 8.00× [4.00, 16.0] the learning rate that base does" in text
+
+
+def test_one_seed_tells_no_ratio(tmp_path: Path) -> None:
+    lines = [entry for entry in known_lines() if entry["seed"] < 2]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1]))
+    text = markdown_tolerance(study)
+    row = row_of(text, "How far the rate can be pushed", "ours")
+    assert row[1:3] == ["1.81e-1", "–"]
+    assert "[" not in "".join(row)
+    assert any("One seed shows no spread" in note for note in caveats(study))
+    assert "one seed only, which cannot be told from chance" in " ".join(answer(study))
+    assert "×" not in " ".join(answer(study))
+
+
+def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
+    bowls = {"base": Bowl(4e-3, edge=3e-2), "wide": Bowl(1.0), "low": Bowl(1e-5, curve=0.01)}
+    text_of = make_tolerance(tmp_path, lines_of(bowls, RATES, range(6)), lrs=RATES)
+    study = load_tolerance(text_of)
+    text = markdown_tolerance(study)
+    assert row_of(text, "Loss, each at its own best rate", "wide")[2] == "2.56e-1 edge"
+    assert row_of(text, "Loss, each at its own best rate", "low")[2] == "1e-3 edge"
+    _, edge, ratio, near, _ = row_of(text, "How far the rate can be pushed", "wide")
+    assert edge == near == r"≥ 2.56e-1 \[2.56e-1, ∞)"
+    assert ratio == "≥ 8.00"  # over 3.2e-2, the first rate that is not stable for base
+    assert "edge: lowest or highest" in text
+    told = " ".join(answer(study))
+    assert "For wide the best is the highest rate tried" in told
+    assert "For low the best is the lowest rate tried" in told
+    assert "at least 8.00×" in told
+
+
+def test_a_seed_that_fails_at_the_best_rate(tmp_path: Path) -> None:
+    lines = known_lines()
+    for entry in lines:
+        if (entry["strategy"], entry["lr"], entry["seed"]) == ("ours", RATES[4], 3):
+            entry |= {"status": "diverged", "val_loss": None}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
+    row = row_of(markdown_tolerance(study), "Loss, each at its own best rate", "ours")
+    assert row[1:4] == ["unstable (1 of 5)", "1.6e-2", "–"]
+    assert any(note.startswith("unstable (k of n)") for note in notes(study, grids(study)))
+
+
+def test_collapse_counts_as_unstable(tmp_path: Path) -> None:
+    """Finite, but no better than token frequencies; or finite and far above what it was."""
+    lines = lines_of({"a": Bowl(4e-3, curve=0.001)}, RATES, range(6))
+    for entry in lines:
+        if entry["lr"] == RATES[6]:
+            entry["val_loss"] = ENTROPY - 0.05
+        if entry["lr"] == RATES[5]:
+            entry["tail_loss"] += 0.6
+    folder = make_tolerance(tmp_path / "both", lines, lrs=RATES)
+    title = "How far the rate can be pushed"
+    assert row_of(markdown_tolerance(load_tolerance(folder)), title, "a")[1].startswith("2.26e-2")
+    asked = {"stability": {"rise": "inf", "margin": "-inf"}}
+    study = load_tolerance(make_tolerance(tmp_path / "off", lines, lrs=RATES, asked=asked))
+    assert row_of(markdown_tolerance(study), title, "a")[1].startswith("≥ 2.56e-1")
+    assert stability_note(study) == "Stable: the run finished."
+    assert "3.0000 (the loss" in stability_note(load_tolerance(folder))
+    assert "at most 0.5 nats" in stability_note(load_tolerance(folder))
+
+
+def test_screening_warns(tmp_path: Path) -> None:
+    lines = [entry for entry in known_lines() if entry["seed"] == 0]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[]))
+    text = markdown_tolerance(study)
+    assert "A screening" in text
+    assert "flattered" in text
+    assert row_of(text, "Loss, each at its own best rate", "ours")[1] == "1.8500"
+    assert "A screening" in caveats(study)[0]
+
+
+def tuned_lines(steps: int) -> list[dict[str, Any]]:
+    """Tuning gives the baseline 0.08 and the other strategy nothing."""
+    place = {"train.steps": steps}
+    base = {"base": Bowl(4e-3, edge=3e-2)}
+    better = {"base": Bowl(8e-3, bottom=1.92, edge=6e-2)}
+    ours = {"ours": Bowl(8e-3, bottom=1.9, edge=6e-2)}
+    worse = {"ours": Bowl(8e-3, bottom=1.95, edge=6e-2)}
+    variant = {"init.std": 0.02}
+    every = range(6)
+    return [
+        *lines_of(base, RATES, every, place=place),
+        *lines_of(better, RATES, every, place=place, variant=variant),
+        *lines_of(ours, RATES, every, place=place),
+        *lines_of(worse, RATES, [0], place=place, variant=variant),
+    ]
+
+
+def test_what_survives_tuning(tmp_path: Path) -> None:
+    lines = [*tuned_lines(100), *tuned_lines(200)]
+    asked = {"tune": {"init.std": ["twin", 0.02]}, "map": {"train.steps": [100, 200]}}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked))
+    text = markdown_tolerance(study)
+    here = ": train.steps = 200"
+    row = row_of(text, f"Tuned: init.std{here}", "base")
+    near = 0.05 * math.log(8e-3 / RATES[3]) ** 2
+    assert row[1] == "init.std = 0.02"
+    assert [numbers(entry)[0] for entry in row[2:]] == pytest.approx([2.0, 1.92 + near, -0.08], abs=6e-5)
+    assert row_of(text, f"Tuned: init.std{here}", "ours")[1:] == [
+        "as it comes",
+        *[r"1.9000 \[1.9000, 1.9000]"] * 2,
+        "–",
+    ]
+    row = row_of(text, f"Against base, as they come and with init.std tuned for both{here}", "ours")
+    assert [numbers(entry)[0] for entry in row[1:]] == pytest.approx([-0.1, -0.02, 2.0, 1.0], abs=6e-5)
+    # Both places side by side come first.
+    title = "Loss minus base's, each at its own best rate"
+    assert row_of(text, title, "ours")[1:] == [r"-0.1000 \[-0.1000, -0.1000]"] * 2
+    assert text.startswith(f"**{title}**\n\n| strategy | train.steps = 100 | train.steps = 200 |")
+    assert answer(study)[0].endswith("ours at 2 of 2 places.")
+    assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
+
+
+def test_many_places_stand_below_each_other(tmp_path: Path) -> None:
+    widths = [16, 32, 64, 128, 256]
+    lines = [
+        entry
+        for width in widths
+        for entry in lines_of(
+            {"base": Bowl(4e-3), "ours": Bowl(4e-3, bottom=1.9)}, RATES[:5], range(3), place={"model.d_model": width}
+        )
+    ]
+    asked = {"map": {"model.d_model": widths}}
+    text = markdown_tolerance(load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, seeds=[1, 2])))
+    row = row_of(text, "Loss minus base's, each at its own best rate", "model.d\\_model = 256")
+    assert numbers(row[1]) == pytest.approx([-0.1] * 3, abs=6e-5)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 5, 9, 20, 40, 75, 107])
+def test_a_study_stopped_midway(tmp_path: Path, keep: int) -> None:
+    lines = sorted(known_lines(), key=lambda entry: entry["seed"])[:keep]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, strategies=["base", "ours", "never"]))
+    text = markdown_tolerance(study)
+    assert ("No run has ended yet." if keep == 0 else "Partial: ") in text
+    assert "never" in text or keep == 0
+    assert not re.search(r"\b(nan|None)\b", text)
+    Console(file=io.StringIO(), width=80).print(rich_tolerance(study))
+
+
+def test_missing_seeds_are_counted(tmp_path: Path) -> None:
+    lines = [entry for entry in known_lines() if entry["seed"] <= 3 or entry["strategy"] == "base"]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
+    text = markdown_tolerance(study)
+    loss = row_of(text, "Loss, each at its own best rate", "ours")[1]
+    assert loss.endswith("(3 of 5)")
+    assert "(k of n): only k of n seeds have trained" in text
+    assert study.unfinished
+
+
+def test_terminal(tmp_path: Path) -> None:
+    bowls = {"[b]base|": Bowl(4e-3, edge=3e-2, noise=0.01), "ours_with_a_long_name": Bowl(4e-3, edge=6e-2, noise=0.01)}
+    study = load_tolerance(make_tolerance(tmp_path, lines_of(bowls, RATES, range(6)), lrs=RATES))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(rich_tolerance(study))
+    shown = console.file.getvalue()
+    assert all(len(entry) <= 80 for entry in shown.splitlines())
+    assert "[b]base|" in shown
+    assert "\\[b]base\\|" in markdown_tolerance(study)
+    wide = Console(file=io.StringIO(), width=250)
+    wide.print(rich_tolerance(study))
+    for grid in grids(study):
+        for row in grid.rows:
+            for entry in row:
+                for part in str(entry).split(" ["):
+                    assert part.strip("[]") in wide.file.getvalue()
+
+
+def test_notes_explain_only_what_occurs(tmp_path: Path) -> None:
+    bowls = {"a": Bowl(1e-2, edge=1e-1), "b": Bowl(1e-2, edge=1e-1)}
+    study = load_tolerance(make_tolerance(tmp_path, lines_of(bowls, RATES, range(6)), lrs=RATES))
+    terms = {note.partition(":")[0] for note in notes(study, grids(study))}
+    assert {"Loss", "Best rate", "Stable", "Largest stable rate", "[low, high]", "LR sensitivity"} <= terms
+    absent = {"edge", "none", "≥", "≤", "Tuned", "Speed-up at T steps", "After the same time", "(k of n)", "Partial"}
+    assert not absent & terms

@@ -1,0 +1,188 @@
+"""The page of a tolerance study: complete, safe, self-contained, in agreement with the tables."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tolerance_folders import Bowl, line, lines_of, make_tolerance
+
+from gptnorm import cli
+from gptnorm.report import load_tolerance, markdown_tolerance
+from gptnorm.report.html import write_study_report
+from gptnorm.report.tolerance_plots import loss_against_rate, rate_line, tolerance_bars
+from gptnorm.report.tolerance_table import grids
+
+EVIL = '<script>alert("x")</script>&amp;|[b]'
+RATES = tuple(1e-3 * 2**k for k in range(8))
+BOWLS = {
+    "base": Bowl(4e-3, edge=3e-2, noise=0.01, blur=0.2),
+    "ours": Bowl(8e-3, bottom=1.9, edge=6e-2, noise=0.01, blur=0.2),
+    EVIL: Bowl(1e-2, bottom=2.1, noise=0.01),
+}
+
+
+def text_of(raw: str) -> str:
+    """What a reader sees, without the plots."""
+    without = re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", raw, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<(?!/?(?:td|th|li|p|h\d)\b)[^>]*>", "", without)))
+
+
+def check(raw: str) -> None:
+    """Nothing is loaded, no id stands twice, no number is missing its value."""
+    assert "<script" not in raw
+    assert not re.search(r'(?:src|href)="(?!#)(?!cells/)', raw)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", raw)
+    ids = re.findall(r'\bid="([^"]+)"', raw)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'url\(#([\w-]+)\)|href="#([\w-]+)"', raw)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+    assert not re.search(r"\b(nan|inf|None(?! but))\b", text_of(raw))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page")
+    lines = lines_of(BOWLS, RATES, range(4))
+    for index, entry in enumerate(lines):
+        entry["run"] = f"cells/{index}"
+    return make_tolerance(path, lines, lrs=RATES, seeds=[1, 2, 3], runs=60, title=f"Title {EVIL}")
+
+
+def test_page(folder: Path) -> None:
+    raw = write_study_report(folder).read_text(encoding="utf-8")
+    assert write_study_report(folder).read_text(encoding="utf-8") == raw, "the same bytes again"
+    check(raw)
+    assert raw.count("<figure>") == 2 + len(BOWLS)
+    seen = text_of(raw)
+    for part in (
+        "ours has the lowest loss at its own best rate",
+        "Training curves at every learning rate",
+        "seed 0 to pick, seeds 1, 2 and 3 reported",
+        "f00d",
+        "gptnorm study tolerance",
+        "Before you quote this",
+        "Settings that differ",
+    ):
+        assert part in seen, part
+
+
+def test_page_and_markdown_agree(folder: Path) -> None:
+    study = load_tolerance(folder)
+    seen = text_of(write_study_report(folder).read_text(encoding="utf-8"))
+    written = markdown_tolerance(study)
+    unescaped = re.sub(r"\\(.)", r"\1", written)
+    for grid in grids(study):
+        assert grid.title in seen
+        for row in grid.rows:
+            for entry in row:
+                assert str(entry) in seen
+                assert str(entry) in unescaped
+    assert written.endswith("\n")
+    assert not written.endswith("\n\n")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 10, 40, 80])
+def test_partial(tmp_path: Path, keep: int) -> None:
+    lines = sorted(lines_of(BOWLS, RATES, range(4)), key=lambda entry: entry["seed"])[:keep]
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], strategies=[*BOWLS, "never"])
+    raw = write_study_report(folder).read_text(encoding="utf-8")
+    check(raw)
+    assert ("nothing to compare yet" in raw) == (keep == 0)
+
+
+@pytest.mark.parametrize("seeds", [[], [1], [1, 2]])
+def test_nothing_stable(tmp_path: Path, seeds: list[int]) -> None:
+    lines = lines_of({"a": Bowl(1e-3, edge=0.0), "b": Bowl(1e-3, edge=0.0)}, RATES, range(3))
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, seeds=seeds)
+    raw = write_study_report(folder).read_text(encoding="utf-8")
+    check(raw)
+    assert "at no rate is any strategy stable" in raw
+    assert "<figure>" not in raw
+
+
+@pytest.mark.parametrize("bare", ["one strategy", "two rates", "no vocabulary", "no entropy", "all seeds fail at best"])
+def test_lean_studies(tmp_path: Path, bare: str) -> None:
+    bowls = {"a": Bowl(2e-3, edge=6e-3), "b": Bowl(2e-3, bottom=1.8, edge=6e-3)}
+    rates = RATES[:2] if bare == "two rates" else RATES[:4]
+    lines = lines_of({"a": bowls["a"]} if bare == "one strategy" else bowls, rates, range(3))
+    changes: dict[str, object] = {}
+    if bare == "no vocabulary":
+        changes["data"] = {}
+    if bare == "no entropy":
+        changes["unigram_entropy"] = None
+    if bare == "all seeds fail at best":
+        lines = [line(e["strategy"], e["lr"], e["seed"], None if e["seed"] else e["val_loss"]) for e in lines]
+    check(write_study_report(make_tolerance(tmp_path, lines, lrs=rates, seeds=[1, 2], **changes)).read_text())
+
+
+def test_places(tmp_path: Path) -> None:
+    lines = [
+        entry
+        for steps in (50, 100)
+        for decay in (0.0, 0.1)
+        for variant in ({}, {"init.std": [0.02, "a"]})
+        for entry in lines_of(
+            BOWLS, RATES, range(4), place={"train.steps": steps, "optim.weight_decay": decay}, variant=variant
+        )
+    ]
+    asked = {
+        "map": {"train.steps": [50, 100], "optim.weight_decay": [0.0, 0.1]},
+        "tune": {"init.std": ["twin", [0.02, "a"]]},
+    }
+    raw = write_study_report(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked)).read_text()
+    check(raw)
+    assert raw.count("<figure>") == 2 + 4 * 2
+    seen = text_of(raw)
+    assert "At train.steps = 100, optim.weight_decay = 0.1" in seen
+    assert "Speed-up over base: how many times fewer steps to its loss: optim.weight_decay = 0.1" in seen
+
+
+def test_curves_are_thinned(tmp_path: Path) -> None:
+    lines = lines_of({"a": Bowl(4e-3), "b": Bowl(4e-3)}, RATES, range(2))
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1], runs=1500)
+    size = write_study_report(folder).stat().st_size
+    # Sixteen curves; twelve rates of five strategies are four times as many.
+    assert 1.5e6 / 4 > size > 1e5
+
+
+def test_what_the_line_shows(tmp_path: Path) -> None:
+    """Firm where every reported seed trained, single where not, nothing where one failed; the rest is pale."""
+    losses = {1e-3: [2.2, 2.3, 2.1], 2e-3: [2.0, 2.1, 2.3], 4e-3: [2.1, 2.2, None], 8e-3: [2.4], 1.6e-2: [None]}
+    lines = [line("a", lr, seed, loss) for lr, row in losses.items() for seed, loss in enumerate(row)]
+    lines.append(line("a", 6e-3, 1, 2.3))
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=[1e-3, 2e-3], seeds=[1, 2]))
+    found = rate_line(study.places[0].own["a"])
+    assert found.firm == [
+        (1e-3, pytest.approx(2.2), 2.1, 2.3),
+        (2e-3, pytest.approx(2.2), 2.1, 2.3),
+    ]
+    assert found.single == [(4e-3, 2.2), (6e-3, 2.3)]
+    assert found.pale == [(1e-3, 2.2), (2e-3, 2.0), (4e-3, 2.1), (8e-3, 2.4)]
+    assert (found.unstable, found.pale_unstable) == ([4e-3], [1.6e-2])
+    assert found.best == (2e-3, pytest.approx(2.2))
+    assert found.reported
+    assert loss_against_rate(study, study.places[0], "p")
+    assert tolerance_bars(study, study.places[0], "p")
+
+
+def test_command_prints_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    folder = make_tolerance(tmp_path, lines_of({"a": Bowl(4e-3), "b": Bowl(4e-3)}, RATES, range(3)), lrs=RATES)
+    monkeypatch.setattr("gptnorm.study.run.run_study", lambda *args, **keys: folder)
+    monkeypatch.setattr(sys, "argv", ["gptnorm", "study", "tolerance", "study/tolerance"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert not ended.value.code
+    assert shown.index("Loss, each at its own best rate") < shown.index("report:")
+
+
+def test_other_studies_are_left_alone(tmp_path: Path) -> None:
+    folder = make_tolerance(tmp_path, [], lrs=RATES, strategies=["a"])
+    study = json.loads((folder / "study.json").read_text())
+    del study["tolerance"]
+    (folder / "study.json").write_text(json.dumps(study))
+    assert "How far can" not in write_study_report(folder).read_text(encoding="utf-8")
