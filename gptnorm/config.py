@@ -100,6 +100,9 @@ class OptionsConfig:
     """What the depth factor counts: sub-layers or blocks."""
     scale_power: PositiveFloat = 0.5
     """p in the depth factor (2L)^-p or L^-p."""
+    norm_scale: Literal["live", "frozen"] = "live"
+    """Where the scale of the strategy's norms comes from: each token's own RMS (live), or one constant per norm,
+    1/RMS over the first micro-batch at initialisation (frozen); with gains either way."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,6 +1,6 @@
 """What may follow a linear map or stand in the wiring: norms and scales, first as data, then as modules.
 
-A strategy hands out the frozen descriptions (`Norm`, `DynamicTanh`, `Constant`, `LearnedScale`); a
+A strategy hands out the immutable descriptions (`Norm`, `Frozen`, `DynamicTanh`, `Constant`, `LearnedScale`); a
 backbone calls `build()` on them and owns what comes out. A description says nothing of experts: the
 backbone builds it for so many, and each then has gains of its own. Everything here is
 differentiable twice, and `eps` is always explicit (its default depends on the dtype in torch, and is
@@ -9,14 +9,20 @@ wrong for bf16).
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptnorm.sharding import Sharers, enter, here, leave
+from gptnorm.sharding import Sharers, enter, here, leave, sum_over
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Axis = Literal["width", "head"]
 """What a norm runs over: the whole feature vector, or the features of one head."""
@@ -41,6 +47,41 @@ class Norm:
 
     def build(self, experts: int | None = None) -> NormModule:
         return NormModule(self, experts)
+
+
+FREEZABLE = ("rmsnorm", "l2")
+"""Kinds of norm that are nothing but a factor per token; a layernorm also takes the mean away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    r"""What is left of a norm whose scale is a constant: $\gamma \odot c z$, linear in z.
+
+    c is one number, the norm's own factor at the mean square of its inputs z on one batch, over tokens and features:
+
+    | kind | c |
+    |---|---|
+    | rmsnorm | $1 / \sqrt{\mathrm{mean}(z^2) + \epsilon}$ |
+    | l2 | $1 / \sqrt{\mathrm{mean}\lVert z\rVert_2^2 + \epsilon}$, never with a gain |
+
+    On that batch it is the norm itself, if all its tokens have one RMS.
+    """
+
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        assert self.norm.kind in FREEZABLE, f"{self.norm.kind} cannot be frozen"
+
+    @property
+    def size(self) -> int:
+        return self.norm.size
+
+    @property
+    def axis(self) -> Axis:
+        return self.norm.axis
+
+    def build(self, experts: int | None = None) -> FrozenModule:
+        return FrozenModule(self, experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +126,7 @@ class LearnedScale:
         return LearnedScaleModule(self, experts)
 
 
-After = Norm | DynamicTanh | Constant | LearnedScale
+After = Norm | Frozen | DynamicTanh | Constant | LearnedScale
 """One step that follows a linear map's raw output."""
 
 
@@ -165,6 +206,76 @@ class NormModule(AfterModule):
 
     def extra_repr(self) -> str:
         return f"{self.spec.kind}, size={self.spec.size}, eps={self.spec.eps}, axis={self.spec.axis}"
+
+
+class FrozenModule(AfterModule):
+    """`Frozen`, built. Its constant, one for all experts, is not a number until a `calibration` has measured it."""
+
+    mesh: DeviceMesh | None = None
+    """The processes of the run, if there are several: all their tokens are measured."""
+    measures: bool = False
+    """Whether the next input sets the constant."""
+
+    def __init__(self, spec: Frozen, experts: int | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        has_gain = spec.norm.kind == "rmsnorm"
+        self.gain = nn.Parameter(torch.empty(_sizes(spec.size, experts))) if has_gain else None
+        # A buffer: it belongs to the initial weights, which a checkpoint no longer has.
+        self.register_buffer("factor", torch.empty((), dtype=torch.float32))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        if self.gain is not None:
+            self.gain.fill_(1.0)
+        self.get_buffer("factor").fill_(math.nan)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a constant; the device is waited for."""
+        return not self.get_buffer("factor").isnan().item()
+
+    def forward(self, z: Tensor, expert: Tensor | None = None) -> Tensor:
+        z_exact = z.to(torch.promote_types(z.dtype, torch.float32))
+        if self.measures:
+            self._measure(z_exact)
+        factor = self.get_buffer("factor").to(z_exact.dtype)
+        if self.gain is not None:
+            # Constant and gain first: the activations are gone through once.
+            factor = factor * _per_expert(self._here(self.gain).to(z_exact.dtype), expert)
+        return (z_exact * factor).to(z.dtype)
+
+    def _measure(self, z: Tensor) -> None:
+        assert not self.known, "one constant cannot stand for a norm that is used in two places"
+        norm, z = self.spec.norm, z.detach()
+        # Features that every process has count as often in the sum as in the number.
+        total = torch.stack((z.square().sum(dtype=torch.float64), z.new_tensor(z.numel(), dtype=torch.float64)))
+        sum_over(total, self.mesh, "data", "tensor")
+        square = total[0] / total[1] * (norm.size if norm.kind == "l2" else 1)
+        self.get_buffer("factor").copy_(torch.rsqrt(square + norm.eps))
+
+    def extra_repr(self) -> str:
+        return f"frozen {self.spec.norm.kind}, size={self.spec.size}, axis={self.spec.axis}"
+
+
+@contextlib.contextmanager
+def calibration(modules: Iterable[FrozenModule]) -> Iterator[None]:
+    """The forward pass in here measures the constants: each module's from its own input, and its output has it already.
+
+    A module that meets no token has 1.
+    """
+    modules = list(modules)
+    for module in modules:
+        module.get_buffer("factor").fill_(math.nan)
+        module.measures = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.measures = False
+    for module in modules:
+        module.get_buffer("factor").nan_to_num_(nan=1.0)
 
 
 class DynamicTanhModule(AfterModule):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gptnorm.model.projection import Projection
 from gptnorm.model.rope import rotate
-from gptnorm.norms import Norm
+from gptnorm.norms import Frozen, Norm
 from gptnorm.shape import Shape
 from gptnorm.sharding import here, max_over, part_of
 from gptnorm.strategies import Strategy
@@ -144,7 +144,7 @@ def _causal(logits_BHTT: Tensor) -> Tensor:
 class _HeadNorm(nn.Module):
     """A norm of a (…, heads, features) tensor, per head or over all heads together."""
 
-    def __init__(self, spec: Norm) -> None:
+    def __init__(self, spec: Norm | Frozen) -> None:
         super().__init__()
         self.norm = spec.build()
         self.per_head = spec.axis == "head"

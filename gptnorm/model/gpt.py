@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptnorm.config import BackboneName, Config, InitConfig, MoEConfig
+from gptnorm.errors import UserError
 from gptnorm.model.attention import CausalAttention
 from gptnorm.model.backbones import make_shape
 from gptnorm.model.feedforward import FeedForwardBranch
@@ -20,6 +21,7 @@ from gptnorm.model.parts import Parts
 from gptnorm.model.projection import Projection, Table, WeightOwner
 from gptnorm.model.rope import rotations
 from gptnorm.model.router import BiasBalancer
+from gptnorm.norms import FrozenModule, calibration
 from gptnorm.shape import Shape
 from gptnorm.sharding import here, part_of
 from gptnorm.strategies import Strategy, make_strategy
@@ -102,8 +104,14 @@ class GPT(nn.Module):
     Dropout, too, is there in training mode only: on what leaves the embedding (learned positions added) and on each
     branch's output, as the block adds it.
 
+    Frozen norms (`options.norm_scale`) have no constants until `calibrate` has measured them or a checkpoint was
+    loaded; before that every forward pass is a UserError.
+
     The parameters may be DTensors over the processes of a run (`gptnorm.train.parallel`).
     """
+
+    calibrated: bool
+    """Whether every frozen norm is known to have its constant; where it is not, the next forward pass looks."""
 
     def __init__(
         self,
@@ -131,6 +139,7 @@ class GPT(nn.Module):
         self.own = Parts(strategy.end_parts(shape))
         self.head = Projection("head", 0, shape, strategy)
         self.tie()
+        self.calibrated = not self.frozen_norms()
         if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
@@ -167,6 +176,8 @@ class GPT(nn.Module):
         return Objective(total=total, loss=loss, routing=routing)
 
     def _run(self, tokens_BT: Tensor) -> tuple[Tensor, list[Routing]]:
+        if not self.calibrated:
+            self._look_for_constants()
         h_BTD = self.embed(tokens_BT)
         rotation = None
         length = tokens_BT.shape[1]
@@ -207,6 +218,42 @@ class GPT(nn.Module):
             reset = getattr(module, "reset", None)
             if callable(reset):
                 reset()
+        self.calibrated = not self.frozen_norms()
+
+    def frozen_norms(self) -> list[FrozenModule]:
+        """Every norm whose scale is a constant."""
+        return [module for module in self.modules() if isinstance(module, FrozenModule)]
+
+    @torch.no_grad()
+    def calibrate(self, tokens_BT: Tensor) -> None:
+        """Measures the constants of the frozen norms on tokens (B, T + 1), of which T are read; without any, no work.
+
+        One forward pass, eager, in eval mode (no dropout, nothing is counted), in the caller's autocast: each norm
+        takes the mean square of its input, to which the norms before it, frozen already, have led. Every process of a
+        run calls it with its own rows; all rows count.
+
+        A norm after an expert's map takes the tokens of all experts together, those that `MixtureOfExperts` computes:
+        each expert's own, or, on the reference path, every token for every expert.
+        """
+        frozen = self.frozen_norms()
+        if not frozen:
+            return
+        training, self.calibrated = self.training, True
+        with torch.compiler.set_stance("force_eager"):
+            self.eval()
+            try:
+                with calibration(frozen):
+                    self(tokens_BT[:, :-1])
+            finally:
+                self.train(training)
+
+    def _look_for_constants(self) -> None:
+        if not all(norm.known for norm in self.frozen_norms()):
+            raise UserError(
+                "options.norm_scale = 'frozen': these weights have no constants for their norms yet; a checkpoint of a "
+                "run has them, and GPT.calibrate(tokens) measures them"
+            )
+        self.calibrated = True
 
     def tie(self) -> None:
         """Makes the head the embedding, where it is; `to_empty` takes tied weights apart."""
@@ -214,9 +261,9 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def count_over(self, mesh: DeviceMesh) -> None:
-        """Has QK-clip and bias balancing count what passes on every process of a mesh ("data", "tensor")."""
+        """Has QK-clip, bias balancing and `calibrate` count what passes on all of a mesh ("data", "tensor")."""
         for module in self.modules():
-            if isinstance(module, CausalAttention | BiasBalancer):
+            if isinstance(module, CausalAttention | BiasBalancer | FrozenModule):
                 module.mesh = mesh
 
     @torch.no_grad()

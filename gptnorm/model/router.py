@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gptnorm.config import MoEConfig
 from gptnorm.model.projection import WeightOwner
-from gptnorm.norms import Norm, NormModule
+from gptnorm.norms import FrozenModule, Norm, NormModule
 from gptnorm.shape import Shape
 from gptnorm.sharding import sum_over, whole
 from gptnorm.strategies import Strategy
@@ -125,7 +125,7 @@ class Router(WeightOwner):
 
         A constant after the map is not counted: strategies have it where the stream's vectors are not of RMS 1.
         """
-        if any(isinstance(step, NormModule) for step in self.after):
+        if any(isinstance(step, NormModule | FrozenModule) for step in self.after):
             return 1.0
         # Of the whole weight, in the order in which a single process would add.
         return whole(self.weight.detach()).float().square().sum(-1).mean().sqrt().item()

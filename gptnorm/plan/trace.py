@@ -194,6 +194,8 @@ def fake_model(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[GPT]:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        # There are no numbers to look at.
+        model.calibrated = True
         yield model
 
 

@@ -91,14 +91,16 @@ def open_source(
         tokens = torch.randint(0, vocab, (batch_size, train.seq_len + 1), generator=generator)
     else:
         tokens = check_ids(text.batch(0), vocab)
-    model = snapshot.model(vocab=vocab, device=device)
+    model, tokens = snapshot.model(vocab=vocab, device=device), tokens.to(device)
+    if snapshot.checkpoint is None:
+        model.calibrate(tokens)
     return Source(
         name=name,
         step=snapshot.step,
         config=config,
         text="uniform random tokens" if random_tokens else _text_name(config),
         model=model.to(DTYPES[dtype]),
-        tokens=tokens.to(device),
+        tokens=tokens,
     )
 
 

@@ -19,7 +19,7 @@ from gptnorm.model import GPT
 from gptnorm.model.gpt import Block
 from gptnorm.model.projection import WeightOwner
 from gptnorm.model.router import Choice
-from gptnorm.norms import DynamicTanhModule, NormModule
+from gptnorm.norms import DynamicTanhModule, FrozenModule, NormModule
 from gptnorm.probe.measures import (
     exact,
     largest_logits,
@@ -182,7 +182,7 @@ def _hook_norms(stack: contextlib.ExitStack, own: nn.Module, squares: dict[str, 
         squares[name] = torch.maximum(squares[name], square) if name in squares else square
 
     for name, norm in own.named_children():
-        if isinstance(norm, NormModule | DynamicTanhModule):
+        if isinstance(norm, NormModule | FrozenModule | DynamicTanhModule):
             on_input(stack, norm, partial(put, name))
 
 

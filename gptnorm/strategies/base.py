@@ -16,7 +16,7 @@ import pydantic.dataclasses
 from torch import Tensor
 
 from gptnorm.config import STRICT, OptionsConfig, PositiveFloat, Scalar
-from gptnorm.norms import After, Axis, LearnedScale, Norm
+from gptnorm.norms import After, Axis, Frozen, LearnedScale, Norm
 from gptnorm.shape import NormKind, Role, Shape
 
 State = tuple[Tensor, ...]
@@ -58,9 +58,9 @@ class Attention:
 
     softmax_scale: float
     """Factor of the logits q.k."""
-    q: Norm | None = None
-    k: Norm | None = None
-    v: Norm | None = None
+    q: Norm | Frozen | None = None
+    k: Norm | Frozen | None = None
+    v: Norm | Frozen | None = None
     softcap: float | None = None
     """c in c tanh(logit / c)."""
     clip: float | None = None

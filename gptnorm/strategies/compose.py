@@ -7,27 +7,29 @@ r"""Options that compose with any strategy: one more strategy around it.
 | z_loss | adds $\lambda\,\mathrm{mean}(\log\sum_i e^{z_i})^2$ to the training objective |
 | qk_clip | shrinks W_q, W_k of a head whose logits went beyond τ, after the step |
 | scale_* | the depth factor $(2L)^{-p}$ or $L^{-p}$ (ScaleInit): of W_o, W_down at the start, or of the branches |
+| norm_scale | every rmsnorm and l2 norm becomes $\gamma \odot c z$ with a constant c (`gptnorm.norms.Frozen`) |
 
 Which pairs make no sense is not a list of names: it follows from what a strategy answers, asked on a
 small probe. What does not follow, a strategy says itself (`refuses`).
 
 Sources: QK-norm arXiv 2010.04245, 2302.05442; soft-caps Gemma 2 (2408.00118); z-loss PaLM (2204.02311);
 QK-clip Kimi K2 (2507.20534); the name ScaleInit from SpanNorm (2601.22580), whose formula is not
-published: the factor is that of GPT-2, the forward form our reading.
+published: the factor is that of GPT-2, the forward form our reading. norm_scale is ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from gptnorm.config import OptionsConfig
 from gptnorm.errors import bad_value
-from gptnorm.norms import After, Axis, Norm
+from gptnorm.norms import FREEZABLE, After, Axis, DynamicTanh, Frozen, Norm
 from gptnorm.shape import Role, Shape
 from gptnorm.strategies.base import (
     Attention,
@@ -42,6 +44,8 @@ from gptnorm.strategies.base import (
     Strategy,
 )
 from gptnorm.typed import read_table
+
+_Step = TypeVar("_Step")
 
 
 class Wrapper(Strategy):
@@ -105,6 +109,15 @@ class Composed(Wrapper):
     inner: Strategy
     options: OptionsConfig
 
+    def projection(self, role: Role, layer: int, shape: Shape) -> tuple[After, ...]:
+        return tuple(self._scaled(step) for step in self.inner.projection(role, layer, shape))
+
+    def block_parts(self, layer: int, shape: Shape) -> dict[str, After]:
+        return {name: self._scaled(part) for name, part in self.inner.block_parts(layer, shape).items()}
+
+    def end_parts(self, shape: Shape) -> dict[str, After]:
+        return {name: self._scaled(part) for name, part in self.inner.end_parts(shape).items()}
+
     def attention(self, layer: int, shape: Shape) -> Attention:
         answer, options = self.inner.attention(layer, shape), self.options
         if options.qk_norm == "head":
@@ -116,6 +129,7 @@ class Composed(Wrapper):
             answer = replace(answer, v=self.make_norm(shape.head_dim, shape, "head"))
         elif options.v_norm == "full":
             answer = replace(answer, v=self.make_norm(shape.d_kv, shape))
+        answer = replace(answer, q=self._scaled(answer.q), k=self._scaled(answer.k), v=self._scaled(answer.v))
         return replace(answer, softcap=options.attention_softcap or answer.softcap, clip=options.qk_clip or answer.clip)
 
     def logits(self, shape: Shape) -> Logits:
@@ -138,6 +152,20 @@ class Composed(Wrapper):
                 depth = self._depth_factor("attn" if role == "o" else "ffn", shape)
             published = replace(published, depth=depth)
         return self.inner.init(role, layer, shape, published)
+
+    def _scaled(self, step: _Step) -> _Step | Frozen:
+        """The step itself, or what is left of a norm without its statistics.
+
+        Raises:
+            UserError: the backbone's norm, which only the shape knows, cannot be frozen.
+        """
+        if self.options.norm_scale == "live" or not isinstance(step, Norm):
+            return step
+        if step.kind not in FREEZABLE:
+            raise bad_value(
+                "options.norm_scale", "frozen", f'{step.kind}: {_CENTRES}; strategy.norm="rmsnorm" can be frozen'
+            )
+        return Frozen(norm=step)
 
     def _depth_factor(self, branch: str, shape: Shape) -> float:
         if self.options.scale_target not in ("both", branch):
@@ -163,7 +191,9 @@ def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:
         found["qk_norm"] = "its queries and keys are normed already"
     if options.v_norm != "none" and traits.v_normed:
         found["v_norm"] = "its values are normed already"
-    if options.qk_clip and (traits.qk_normed or options.qk_norm != "none"):
+    # A frozen norm passes smaller queries and keys on.
+    normed = options.norm_scale == "live" and (traits.qk_normed or options.qk_norm != "none")
+    if options.qk_clip and normed:
         found["qk_clip"] = "queries and keys are normed, so smaller weights would change nothing"
     elif options.qk_clip and traits.pinned:
         found["qk_clip"] = "its weights are put back to norm 1 after every step, which would undo the clip"
@@ -178,6 +208,8 @@ def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:
         found["scale_mode"] = "its initialisation has a depth factor of its own, which would stay"
     if options.scale_mode in ("forward", "both") and traits.wiring_norms:
         found.setdefault("scale_mode", "a norm follows each branch, which would undo the factor")
+    if options.norm_scale == "frozen" and (reason := _cannot_freeze(strategy, options)):
+        found["norm_scale"] = reason
     for key, reason in strategy.refuses(options).items():
         found.setdefault(key, reason)
     return found
@@ -196,6 +228,7 @@ OFFERED: dict[str, dict[str, Any]] = {
     "scale_mode=init": {"scale_mode": "init"},
     "scale_mode=forward": {"scale_mode": "forward"},
     "scale_mode=both": {"scale_mode": "both"},
+    "norm_scale=frozen": {"norm_scale": "frozen"},
 }
 """What can be set on top of a strategy's presets, one at a time."""
 
@@ -272,6 +305,31 @@ def _traits(strategy: Strategy) -> _Traits:
             strategy.init(role, layer, shape, probe).depth != 0.5 for role in ("o", "down") for layer in layers
         ),
     )
+
+
+_CENTRES = "a constant would still have to take the mean of each token away"
+
+
+def _cannot_freeze(strategy: Strategy, options: OptionsConfig) -> str | None:
+    """Why `norm_scale = "frozen"` makes no sense with the strategy and the other options; None if it does."""
+    steps = list(_steps(Composed(strategy, replace(options, norm_scale="live"))))
+    if any(isinstance(step, DynamicTanh) for step in steps):
+        return "it has tanh where others have norms, which has no statistics to freeze"
+    kinds = {step.kind for step in steps if isinstance(step, Norm)}
+    if not kinds:
+        return "it has no norm that could be frozen"
+    return None if kinds <= set(FREEZABLE) else _CENTRES
+
+
+def _steps(strategy: Strategy) -> Iterator[After]:
+    """Whatever a strategy puts after maps, into attention, into the wiring and at the ends."""
+    for layer in range(_PROBE.n_layers):
+        for role in get_args(Role):
+            yield from strategy.projection(role, layer, _PROBE)
+        attention = strategy.attention(layer, _PROBE)
+        yield from (norm for norm in (attention.q, attention.k, attention.v) if norm)
+        yield from strategy.block_parts(layer, _PROBE).values()
+    yield from strategy.end_parts(_PROBE).values()
 
 
 def _norms_its_branches(strategy: Strategy, layer: int) -> bool:

@@ -94,9 +94,15 @@ class NGPT(Strategy):
         return Constraint(axis=-2 if role in ("o", "down") else -1, kind="unit")
 
     def refuses(self, options: OptionsConfig) -> dict[str, str]:
+        found = {}
         if options.v_norm == "full":
-            return {"v_norm": "every head has norm 1 here, and a norm over all heads together would make them shorter"}
-        return {}
+            found["v_norm"] = "every head has norm 1 here, and a norm over all heads together would make them shorter"
+        if options.norm_scale == "frozen":
+            found["norm_scale"] = (
+                "its steps go from one unit vector towards another, and only norms of each token put the stream back "
+                "on the sphere"
+            )
+        return found
 
     def make_norm(self, size: int, shape: Shape, axis: Axis = "width") -> Norm:
         return Norm(kind="l2", size=size, eps=EPS, axis=axis)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gptnorm.config import Config
@@ -43,7 +44,13 @@ def run_and_measure(
     result = start_run(checkpointed, shards, folder, watcher)
 
     model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
-    found = {"init": _measure(measured, model, config, shards) if measured == "signal" else None, "trained": None}
+    found: dict[str, Any] = {"init": None, "trained": None}
+    if measured == "signal":
+        sampler, _ = open_batches(config, shards)
+        first = np.split(sampler.batch(0), config.train.accumulate)[0]
+        # As the run did before its first step.
+        model.calibrate(torch.from_numpy(first).to(model.embed.weight.device))
+        found["init"] = _measure(measured, model, config, shards)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if result.status == "finished" and checkpoint is not None:
         load_model(checkpoint, model)

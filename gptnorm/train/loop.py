@@ -274,6 +274,9 @@ class _Trainer:
         """One update of the weights, unless the guard leaves it out."""
         config, update = self.config, self.step + 1
         micros = self._micro_batches(self.step)
+        if self.step == 0:
+            with self._autocast():
+                self.model.calibrate(micros[0])
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         routings = []

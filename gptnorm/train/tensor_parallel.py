@@ -28,7 +28,7 @@ from gptnorm.errors import bad_value
 from gptnorm.model import GPT
 from gptnorm.model.gpt import Block
 from gptnorm.model.projection import WeightOwner
-from gptnorm.norms import After, AfterModule, Constant, DynamicTanh, LearnedScale, Norm
+from gptnorm.norms import After, AfterModule, Constant, DynamicTanh, Frozen, LearnedScale, Norm
 from gptnorm.shape import Role, Shape
 from gptnorm.sharding import Sharers, as_spread, enter, gather
 from gptnorm.strategies import Strategy
@@ -63,7 +63,7 @@ def check_tensor_parallel(shape: Shape, strategy: Strategy, processes: int) -> N
 def _is_local(step: After, width: int) -> bool:
     """Whether a part of the features can be computed from that part and from sums over all of them."""
     match step:
-        case Norm():
+        case Norm() | Frozen():
             return step.axis == "width" and step.size == width
         case DynamicTanh():
             return step.size == width

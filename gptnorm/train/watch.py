@@ -33,7 +33,7 @@ from torch import Tensor
 
 from gptnorm.config import WatchConfig
 from gptnorm.model import GPT
-from gptnorm.norms import DynamicTanhModule, LearnedScaleModule, NormModule
+from gptnorm.norms import DynamicTanhModule, FrozenModule, LearnedScaleModule, NormModule
 from gptnorm.probe.measures import exact
 from gptnorm.probe.trace import BlockTrace, traced
 
@@ -177,7 +177,7 @@ def _block(seen: BlockTrace) -> dict[str, Tensor]:
 
 
 def _gain(module: torch.nn.Module) -> Tensor | None:
-    if isinstance(module, NormModule | DynamicTanhModule):
+    if isinstance(module, NormModule | FrozenModule | DynamicTanhModule):
         return module.gain
     return module.value() if isinstance(module, LearnedScaleModule) else None
 

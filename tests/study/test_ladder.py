@@ -15,11 +15,13 @@ from gptnorm.probe import probe
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_ladder
 from gptnorm.strategies import STRATEGIES
+from gptnorm.study.aftermath import run_and_measure
 from gptnorm.study.grid import Grid, make_cells
 from gptnorm.study.run import run_study
 from gptnorm.study.signal import signal
 from gptnorm.tables import flatten
 from gptnorm.train.inputs import open_batches
+from gptnorm.train.progress import Silent
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 QUIET = Console(quiet=True)
@@ -165,6 +167,14 @@ def test_signal_is_the_probe_s(recipe):
     with torch.no_grad():
         model.blocks[1].attn.o.weight.fill_(float("nan"))
     assert signal(model, tokens)["grad"] == [None] * 3
+
+
+def test_signal_of_frozen_norms_is_that_of_the_run(recipe, tmp_path):
+    """The initialisation has the constants that the run measured: with a rate of 0 nothing is between the two."""
+    config = load_recipe(str(recipe)).resolve(["options.norm_scale=frozen", "optim.lr=0", "train.accumulate=2"])
+    _, found = run_and_measure(config, prepare(config.data), tmp_path / "run", Silent(), "signal")
+    assert found["signal"]["init"] == found["signal"]["trained"]
+    assert None not in found["signal"]["init"]["grad"]
 
 
 @pytest.mark.parametrize("axis", ["depth", "width"])

@@ -124,11 +124,14 @@ def steps(case: dict[str, Any], world: World) -> dict[str, Any]:
     assert all(as_spread(p.data) is not None for p in spread.parameters())
     different = [n for n, q in spread.named_parameters() if not torch.equal(whole(q.detach()), weights[n].detach())]
     buffers = dict(dense.named_buffers())
-    different += [n for n, b in spread.named_buffers() if not torch.equal(b, buffers[n])]
+    # Constants that are still to be measured are no numbers, which equal nothing.
+    different += [n for n, b in spread.named_buffers() if not torch.equal(b.nan_to_num(), buffers[n].nan_to_num())]
     shake(dense, spread)
     optimizers = adamw(dense, 1e-3), adamw(spread, 1e-3)
     tokens = text(ROWS, LENGTH - 1)
     worst = Worst()
+    dense.calibrate(tokens)
+    spread.calibrate(own_rows(tokens, world))
     for _ in range(3):
         expected, got = dense.objective(tokens), spread.objective(own_rows(tokens, world))
         expected.total.backward()
@@ -153,6 +156,10 @@ def steps(case: dict[str, Any], world: World) -> dict[str, Any]:
             worst.relative("buffer", b, buffers[name], name)
         _see_constraints(spread, worst)
     _see_copies(spread, world, worst)
+    for norm in spread.frozen_norms():
+        constants = [torch.empty_like(norm.factor) for _ in range(world.size)]
+        dist.all_gather(constants, norm.factor)
+        worst.see("copies", 0.0 if all(torch.equal(norm.factor, other) for other in constants) else 1.0, "factor")
     with torch.no_grad():
         worst.relative("loss", mean_over_data(spread.eval().loss(own_rows(tokens, world)), world), dense.loss(tokens))
         worst.relative("features", spread.features(own_rows(tokens, world)), dense.features(own_rows(tokens, world)))

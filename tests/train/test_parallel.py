@@ -85,6 +85,12 @@ FAST = {
         laid_out("caps", 2, only=(1, 2), strategy="prenorm", options={"z_loss": 0.01, "logit_softcap": 3.0}),
         laid_out("moe", 2, strategy="ngpt", moe={**MOE, "balance": "none", "z_loss": 1e-3}),
         laid_out("moe-bias", 2, strategy="prenorm", moe={**MOE, "balance": "bias"}, train={"recompute": "full"}),
+        laid_out("frozen", 2, strategy="simplenorm", options={"norm_scale": "frozen"}),
+        laid_out("frozen-full", 2, only=(1, 2), strategy="prenorm_qknorm", options={"norm_scale": "frozen"}),
+        laid_out("frozen-head", 2, only=(1, 2), strategy="qkv_norm", options={"norm_scale": "frozen"}),
+        laid_out(
+            "frozen-moe", 2, strategy="simplenorm", options={"norm_scale": "frozen"}, moe={**MOE, "balance": "none"}
+        ),
         laid_out("built-first", 2, only=(1, 2), strategy="ngpt", built=True),
         laid_out("recompute-full", 2, only=(1, 2), strategy="simplenorm", train={"recompute": "full"}),
         laid_out("recompute-selective", 2, only=(1, 2), strategy="simplenorm", train={"recompute": "selective"}),

@@ -6,14 +6,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from saving import weights_of
 from stopping import Stop, StopAt, train
 
 from gptnorm.data import prepare
 from gptnorm.errors import UserError
+from gptnorm.probe.source import open_source
 from gptnorm.recipe import load_recipe
 from gptnorm.train import loop
+from gptnorm.train.checkpoint import checkpoint_at, load_model
+from gptnorm.train.inputs import open_batches
 from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.run_folder import RunFolder
 
 
 def lines(path):
@@ -32,6 +37,7 @@ CASES = {
     "schedule wsd": ("optim.schedule=wsd",),
     "experts": ("moe.experts=4", "moe.balance=bias", "options.qk_clip=0.5"),
     "bf16": ("train.precision=bf16",),
+    "frozen norms": ("options.norm_scale=frozen", "options.qk_norm=head", "train.accumulate=2", "train.precision=bf16"),
     "best": ("checkpoint.best=true", "train.eval_every=1", "checkpoint.keep=1"),
     "synchronous": ("checkpoint.asynchronous=false",),
 }
@@ -72,6 +78,33 @@ def test_across_the_end_of_an_epoch(recipe, tmp_path):
             resume_run(tmp_path / "cut", shards, StopAt(stop))
     resume_run(tmp_path / "cut", shards)
     assert lines(tmp_path / "cut") == lines(tmp_path / "straight")
+
+
+def test_constants_of_norms_are_measured_once_at_the_beginning(recipe, tmp_path):
+    """On the first micro-batch, as `inspect` does; a run that begins again measures the same."""
+    settings = ("options.norm_scale=frozen", "train.accumulate=2", "checkpoint.every=3", "checkpoint.keep=9")
+    train(recipe, tmp_path / "run", *settings)
+    config = load_recipe(str(recipe)).resolve(settings)
+    shards = prepare(config.data)
+
+    def constants(step):
+        model = loop.build_gpt(config, vocab=257)
+        load_model(checkpoint_at(tmp_path / "run/checkpoints", step), model)
+        return {name: tensor.item() for name, tensor in model.named_buffers()}
+
+    first = loop.build_gpt(config, vocab=257)
+    rows = open_batches(config, shards)[0].batch(0)[:2]
+    first.calibrate(torch.from_numpy(rows))
+    expected = {name: tensor.item() for name, tensor in first.named_buffers()}
+    assert len(expected) == 3
+    assert constants(3) == constants(6) == expected
+    for folder in (None, RunFolder.open(tmp_path / "run")):
+        source = open_source("x", config, folder, step=0)
+        assert {name: tensor.item() for name, tensor in source.model.named_buffers()} == expected
+    before = lines(tmp_path / "run")
+    resume_run(tmp_path / "run", shards, step=0)
+    assert lines(tmp_path / "run") == before
+    assert constants(6) == expected
 
 
 def test_dropout_does_something_and_each_step_has_its_own(recipe, tmp_path):
