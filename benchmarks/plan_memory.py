@@ -214,7 +214,7 @@ def most_allocated(action: Callable[[], None]) -> int:
 
 
 def autocast(config: Config, device: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device, torch.bfloat16) if config.train.precision == "bf16" else contextlib.nullcontext()
+    return contextlib.nullcontext() if config.train.precision == "fp32" else torch.autocast(device, torch.bfloat16)
 
 
 def markdown(results: Path = RESULTS) -> str:

@@ -37,6 +37,7 @@ from gptnorm.errors import UserError
 from gptnorm.model import GPT, build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies import STRATEGIES, find_strategy
+from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.inputs import resolve_device
 from gptnorm.train.optim import build_optimizer
 
@@ -51,6 +52,7 @@ class Runner:
     def __init__(self, config: Config, device: torch.device, tokens: Tensor, vocab: int, compiled: bool) -> None:
         self.config, self.device, self.tokens = config, device, tokens
         self.model: GPT = build_gpt(config, vocab=vocab, device=device)
+        prepare_blocks(self.model, "none", compiled=False, float8=config.train.precision == "fp8")
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loss: Callable[[Tensor], Tensor] = torch.compile(self.model.loss) if compiled else self.model.loss
 

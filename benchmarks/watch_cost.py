@@ -31,6 +31,7 @@ from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
+from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.inputs import resolve_device
 from gptnorm.train.optim import build_optimizer
 from gptnorm.train.watch import Watch
@@ -50,6 +51,7 @@ class Runner:
         self.micros = tokens.to(device).chunk(train.accumulate)
         self.config, self.device = config, device
         self.model = build_gpt(config, vocab=vocab, device=device)
+        prepare_blocks(self.model, "none", compiled=False, float8=config.train.precision == "fp8")
         self.optimizer = build_optimizer(self.model, config.optim)
         self.objective = torch.compile(self.model.objective) if compiled else self.model.objective
         self.watch = Watch(self.model, config.watch, self.autocast)

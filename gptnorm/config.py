@@ -30,6 +30,7 @@ BUILT_IN_TOKENIZERS = ("bytes", "bpe")
 
 BackboneName = Literal["gpt2", "llama2", "llama3"]
 WidthRuleName = Literal["none", "align", "mup"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Scalar = bool | int | float | str
 
 
@@ -197,8 +198,9 @@ class TrainConfig:
     """Forward/backward passes per update; divides batch_size."""
     seq_len: Positive = 96
     """Tokens per sequence."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16 (autocast) over fp32 weights."""
+    precision: Precision = "fp32"
+    """bf16: matrix products in bfloat16 (autocast) over fp32 weights. fp8: the same, with what the blocks' linear maps
+    multiply rounded to float8, one scale for each tensor; simulated, so nothing is faster (docs/recipes.md)."""
     compile: bool = False
     """Whether torch.compile is used, block by block."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -344,5 +346,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.moe.experts and self.model.backbone == "gpt2":
             raise bad_value("moe.experts", self.moe.experts, "must be 0 on gpt2; llama2 and llama3 take experts")
+        if self.train.precision == "fp8" and self.parallel.tensor > 1:
+            allowed = 'must be 1 with train.precision = "fp8": a part of a tensor has another scale than the whole'
+            raise bad_value("parallel.tensor", self.parallel.tensor, allowed)
         if self.optim.warmup >= 1 and self.optim.warmup > self.train.steps:
             raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")

@@ -106,3 +106,13 @@ def test_unknown_keys_are_named(prefix, leaf):
 
 def test_defaults_are_valid():
     assert read_table(Config, to_tree(Config())) == Config()
+
+
+def test_precisions():
+    assert complaint({"train": {"precision": "fp8"}}) is None
+    assert "parallel.tensor = 2: must be 1 with train.precision" in str(
+        complaint({"train": {"precision": "fp8"}, "parallel": {"tensor": 2}})
+    )
+    wrong = str(complaint({"train": {"precision": "fp16"}}))
+    assert wrong.startswith("train.precision")
+    assert all(word in wrong for word in ("fp16", "fp32", "bf16", "fp8"))

@@ -279,8 +279,14 @@ def _config(trained: Config, settings: Sequence[str]) -> Config:
     given = "data.path" in flatten(parse_overrides(settings))
     reason = "the text to score is given with --data" if given else "a run is evaluated as it was trained"
     config = run_config(base, settings, MAY_BE_SET, reason)
-    if _value(settings, "train.precision") is None and resolve_device(config.train.device).type == "cpu":
+    asked = _value(settings, "train.precision")
+    if asked == "fp8":
+        reason = "a float8 scale is that of a whole batch, so that a text's score would depend on its neighbours"
+        raise bad_value("train.precision", asked, f'must be "fp32" or "bf16": {reason}')
+    if asked is None and resolve_device(config.train.device).type == "cpu":
         config = replace(config, train=replace(config.train, precision="fp32"))
+    elif config.train.precision == "fp8":
+        config = replace(config, train=replace(config.train, precision="bf16"))
     return replace(config, data=replace(config.data, text_field=trained.data.text_field))
 
 

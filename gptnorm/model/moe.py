@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gptnorm.activations import ACTIVATIONS
 from gptnorm.config import Config, MoEConfig
+from gptnorm.model.float8 import float8_experts, product_dtype
 from gptnorm.model.projection import WeightOwner
 from gptnorm.model.router import Choice, Router, Routing, auto_gain, describe_routing, frozen_routing
 from gptnorm.shape import Role, Shape
@@ -37,15 +38,21 @@ __all__ = ["MixtureOfExperts", "Routing", "describe_routing", "frozen_routing", 
 class ExpertProjection(WeightOwner):
     """One map of each of several experts, W of shape (experts, out_features, in_features)."""
 
+    float8: bool = False
+    """As of `Projection`."""
+
     def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy, experts: int) -> None:
         super().__init__(role, layer, shape, strategy, (experts, shape.out_features(role), shape.in_features(role)))
 
     def forward(self, x: Tensor, expert: Tensor, ends: Tensor | None) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        y = x @ weight.mT if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
+        y = float8_experts(x, self.weight, expert, ends) if self.float8 else self._product(x, ends)
         for step in self.after:
             y = step(y, expert)
         return y
+
+    def _product(self, x: Tensor, ends: Tensor | None) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return x @ weight.mT if ends is None else F.grouped_mm(x, weight.mT, offs=ends)
 
 
 class ExpertFeedForward(nn.Module):
@@ -110,7 +117,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, -2)
         choice = self.router(x_ND)
-        x_ND = _autocast(x_ND)
+        # grouped_mm is not on autocast's list.
+        x_ND = x_ND.to(product_dtype(x_ND))
         grouped = not self.reference and takes_grouped_mm(x_ND, self.shape.d, self.shape.d_ff)
         y_ND, counts_E = self._grouped(x_ND, choice) if grouped else self._reference(x_ND, choice)
         if self.config.branch_gain == "auto":
@@ -142,13 +150,6 @@ class MixtureOfExperts(nn.Module):
         chosen_NE = torch.zeros_like(choice.probs_NE, dtype=torch.int64).scatter(1, choice.expert_NK, 1)
         y_ND = (self.routed.all(x_ND) * gates_NE.T[..., None]).sum(0)
         return y_ND.to(x_ND.dtype), chosen_NE.sum(0)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as autocast would hand it to a product; grouped_mm is not on autocast's list."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def takes_grouped_mm(x: Tensor, *widths: int) -> bool:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptnorm.model.float8 import float8_linear
 from gptnorm.model.init import normalize_, pull_back_
 from gptnorm.norms import build_all
 from gptnorm.shape import Role, Shape
@@ -56,11 +57,15 @@ class WeightOwner(nn.Module):
 class Projection(WeightOwner):
     """y = after(W x), W of shape (out_features, in_features), no bias."""
 
+    float8: bool = False
+    """Whether what is multiplied is rounded to float8 (`gptnorm.model.float8`)."""
+
     def __init__(self, role: Role, layer: int, shape: Shape, strategy: Strategy) -> None:
         super().__init__(role, layer, shape, strategy, (shape.out_features(role), shape.in_features(role)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, here(self.weight))
+        weight = here(self.weight)
+        y = float8_linear(x, weight) if self.float8 else F.linear(x, weight)
         if self.sharers is not None:
             y = leave(y, self.sharers)
         for step in self.after:

@@ -7,7 +7,7 @@ r"""Bytes on one GPU, and the largest micro-batch that leaves room.
 | optimizer | AdamW 8 n / D; Muon 4 n / D for the matrices it takes |
 | gathered weights | what FSDP2 has of whole weights and gradients at once, see `moments` |
 | weights in bf16 | autocast's copies, kept from a weight's forward pass to its backward pass |
-| activations | what the forward pass keeps for the backward pass |
+| activations | what the forward pass keeps for the backward pass, under fp8 the rounded weights, too |
 | passing | the most that lives for a moment beside all that: gradients of logits, of one weight, of one block |
 
 n: the parameters of one tensor-parallel share; D: the processes of data parallelism. The last three come from a trace
@@ -194,7 +194,8 @@ class MemoryModel:
             if mesh is not None:
                 check_tensor_parallel(model.shape, model.strategy, tensor)
                 split_tensors(model, mesh)
-            prepare_blocks(model, self.config.train.recompute, compiled=False)
+            train = self.config.train
+            prepare_blocks(model, train.recompute, compiled=False, float8=train.precision == "fp8")
             yield model
 
     def _trace(self, sequences: int) -> Trace:

@@ -79,6 +79,8 @@ class Plan:
             )
         if train.precision == "fp32":
             notes.append("train.precision=fp32, but the peak rate is that of bf16: it will take longer")
+        if train.precision == "fp8":
+            notes.append("train.precision=fp8 is simulated: products run at bf16's rate, and the rounding takes longer")
         return notes
 
     def record(self) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def _does_not_fit(config: Config, vocab: int, gpus: int, memory: int, needed: in
 def _ways_out(config: Config, gpus: int) -> Iterator[tuple[str, Config, int]]:
     """What may help, the least costly first: the settings, the config with them, and the GPUs."""
     said, best = "", config
-    if gpus > 1 and config.train.precision == "bf16" and config.parallel.param_dtype == "fp32":
+    if gpus > 1 and config.train.precision != "fp32" and config.parallel.param_dtype == "fp32":
         said, best = "parallel.param_dtype=bf16", replace(config, parallel=replace(config.parallel, param_dtype="bf16"))
         yield said, best, gpus
     if not config.parallel.reshard and gpus > 1:
@@ -193,14 +195,14 @@ def _ways_out(config: Config, gpus: int) -> Iterator[tuple[str, Config, int]]:
             yield more.strip(), other, gpus
             if mode == "full":
                 said, best = more.strip(), other
-    if gpus == 1 and config.train.precision == "bf16":
+    if gpus == 1 and config.train.precision != "fp32":
         # Several gather whole weights; one has nothing to gather.
         said = f"parallel.param_dtype=bf16 {said}".strip()
         best = replace(best, parallel=replace(best.parallel, param_dtype="bf16"))
     for factor in (2, 4, 8, 16, 32):
         if config.train.batch_size % (gpus * factor // config.parallel.tensor) == 0:
             yield f"--gpus {gpus * factor} {said}".strip(), best, gpus * factor
-    for tensor in (2, 4, 8):
+    for tensor in (2, 4, 8) if config.train.precision != "fp8" else ():
         if gpus % tensor == 0 and tensor > config.parallel.tensor:
             other = replace(best, parallel=replace(best.parallel, tensor=tensor, data=None))
             yield f"parallel.tensor={tensor} {said}".strip(), other, gpus

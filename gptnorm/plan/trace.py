@@ -16,7 +16,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from gptnorm.config import Precision
 from gptnorm.model import GPT
 from gptnorm.sharding import as_spread, here
 
@@ -215,7 +216,7 @@ def trace_pass(
     *,
     sequences: int,
     seq_len: int,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
     cuda: bool = True,
 ) -> Trace:
     """One forward and backward pass of a fake (or a real, CPU) model into gradients that are there already.
@@ -252,7 +253,7 @@ def trace_pass(
         model.head.register_forward_pre_hook(before_head),
         model.head.register_forward_hook(after_head),
     ]
-    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    autocast = contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
     with tracker, cuda_kernels() if cuda else contextlib.nullcontext():
         with autocast:
             total = model.objective(tokens).total

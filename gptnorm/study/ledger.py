@@ -22,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
-from gptnorm.recipe import HOW
+from gptnorm.recipe import HOW, to_tree
 from gptnorm.report.records import read_lines, read_object
+from gptnorm.tables import flatten
 
 Facts = dict[str, Any]
 """study.json."""
@@ -205,7 +207,9 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     before, now = (sorted((part.get("places") or [{}])[0]) for part in (a, b))
     yield "settings mapped", before, now
     before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
-    pairs = [(before[name], now[name]) for name in now if name in before]
+    # A setting that the ledger's version did not have yet was what it is by default.
+    defaults = flatten(to_tree(Config()))
+    pairs = [({**defaults, **before[name]}, {**defaults, **now[name]}) for name in now if name in before]
     for a, b in [*pairs, (earlier["settings"]["recipe"], facts["settings"]["recipe"])]:
         for key in dict.fromkeys([*a, *b]):
             # Where and how a run is computed may change; environments say it.

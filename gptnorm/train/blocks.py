@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and how it is compiled."""
+"""What a block keeps for its backward pass, how it is compiled, and whether it multiplies in float8."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from gptnorm.model import GPT
 from gptnorm.model.gpt import Block
+from gptnorm.model.moe import ExpertProjection
+from gptnorm.model.projection import Projection
 
 _aten = torch.ops.aten
 
@@ -32,7 +34,12 @@ KEPT = frozenset(
 
 
 def prepare_blocks(
-    model: GPT, recompute: Literal["none", "selective", "full"], *, compiled: bool, **options: Any
+    model: GPT,
+    recompute: Literal["none", "selective", "full"],
+    *,
+    compiled: bool,
+    float8: bool = False,
+    **options: Any,
 ) -> None:
     """Sets what every block keeps for its backward pass, and compiles it by itself; names of weights stay.
 
@@ -43,6 +50,8 @@ def prepare_blocks(
     output on. `torch.compiler.set_stance("force_eager")` goes around all of it for a while.
 
     Args:
+        float8: whether the blocks' linear maps, those of experts included, round what they multiply
+            (`gptnorm.model.float8`); embedding, head and routers never do.
         options: of `torch.compile`.
     """
     if compiled:
@@ -54,6 +63,9 @@ def prepare_blocks(
         model.score = torch.compile(model.score, **options)
     for block in model.blocks:
         assert isinstance(block, Block)
+        for module in block.modules():
+            if isinstance(module, Projection | ExpertProjection):
+                module.float8 = float8
         run = block.wired
         # What is kept of a block's inside, the compiler has to know. That nothing is, it need not, and torch 2.13
         # fails where it does: checkpoint(attention over DTensors) inside a compiled function.

@@ -98,7 +98,7 @@ def close_world(world: World) -> None:
 
 
 def parallelize(model: GPT, world: World, config: Config) -> None:
-    """Lays a model out over the processes, in place; alone, only recomputation and compilation apply.
+    """Lays a model out over the processes, in place; alone, it only prepares the blocks.
 
     On many processes the model may be on the `meta` device: `to_empty(device=world.device)` and `init_weights(seed)`
     then give every process its part of the weights that a single process would have, one whole weight at a time.
@@ -111,7 +111,8 @@ def parallelize(model: GPT, world: World, config: Config) -> None:
         assert world.mesh is not None
         check_tensor_parallel(model.shape, model.strategy, world.tensor_size)
         split_tensors(model, world.mesh["tensor"])
-    prepare_blocks(model, config.train.recompute, compiled=config.train.compile)
+    train = config.train
+    prepare_blocks(model, train.recompute, compiled=train.compile, float8=train.precision == "fp8")
     if world.mesh is not None:
         model.count_over(world.mesh)
         _shard(model, world.mesh["data"], config.parallel)

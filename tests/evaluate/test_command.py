@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from stopping import train
 from tokenizers import normalizers
 
 from gptnorm import cli
 from gptnorm.config import DataConfig
 from gptnorm.data import Shards, build_shards, load_tokenizer, prepare
+from gptnorm.evaluate import command
 from gptnorm.recipe import load_recipe
+from gptnorm.train.run_folder import RunFolder
 
 WINDOW = 16
 
@@ -56,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pieces": (f"data.path={place}/one.txt",),
         "nanorun": (f"data.path={nano}", "model.vocab_size=50", "train.eval_batches=10"),
         "learned": ("model.backbone=gpt2",),
+        "low": ("train.precision=fp8",),
     }.items():
         train(place / "tiny.toml", place / name, *settings)
     return place
@@ -112,7 +116,8 @@ def shards_of(place: Path, run: str) -> Shards:
         ("run data.path=other.jsonl", ["data.path", "--data"]),
         ("run train.batch_size=0", ["train.batch_size"]),
         ("run train.device=tpu", ["train.device"]),
-        ("run train.precision=fp8", ["train.precision"]),
+        ("run train.precision=fp16", ["train.precision", "bf16"]),
+        ("run train.precision=fp8", ["train.precision", "must be", "bf16", "neighbours"]),
         ("run batch_size", ["KEY=VALUE"]),
         ("learned --window 17", ["--window = 17", "16"]),
         ("nanorun", ["--documents", "stream"]),
@@ -171,6 +176,20 @@ def test_how_it_is_computed_does_not_matter(call):
     near = call("run --data other.jsonl train.precision=bf16")[2]
     assert near["precision"] == "bf16"
     assert near["rows"][0]["nats"] == pytest.approx(one["nats"], rel=1e-2)
+
+
+def test_a_run_in_fp8_is_scored_without_it(place, monkeypatch):
+    """On a GPU in bf16, which it has beside its rounding; whatever the device, in what is asked for."""
+    monkeypatch.setattr(command, "resolve_device", lambda name: torch.device("cpu" if name == "auto" else name))
+    trained = RunFolder.open(place / "low").config()
+    assert trained.train.precision == "fp8"
+    for settings, precision in (
+        ([], "fp32"),
+        (["train.precision=bf16"], "bf16"),
+        (["train.device=cuda"], "bf16"),
+        (["train.device=cuda", "train.precision=fp32"], "fp32"),
+    ):
+        assert command._config(trained, settings).train.precision == precision
 
 
 def test_the_runs_own_tokenizer_reads_other_text(call, place):

@@ -116,6 +116,22 @@ def test_what_would_make_it_fit() -> None:
         make_plan(config("train.batch_size=1"), gpus=1, memory=tight, mfu=0.5, peak=1e12)
     with pytest.raises(UserError, match="take a smaller model"):
         make_plan(config("train.batch_size=1"), gpus=1, memory=2**30, mfu=0.5, peak=1e12)
+    # Tensor parallelism is no way out here.
+    with pytest.raises(UserError, match="take a smaller model"):
+        make_plan(config("train.batch_size=2", "train.precision=fp8"), gpus=2, memory=2**30, mfu=0.5, peak=1e12)
+
+
+def test_fp8_is_planned_as_it_is_computed() -> None:
+    """In bfloat16, with what was rounded kept for the backward pass."""
+    plan = {
+        precision: make_plan(config(f"train.precision={precision}"), gpus=1, memory=2**33, mfu=0.5, peak=1e12)
+        for precision in ("bf16", "fp8")
+    }
+    assert plan["fp8"].use.activations > plan["bf16"].use.activations
+    assert plan["fp8"].days == plan["bf16"].days
+    assert not plan["bf16"].notes()
+    (note,) = plan["fp8"].notes()
+    assert "simulated" in note
 
 
 @pytest.mark.parametrize(
@@ -123,6 +139,7 @@ def test_what_would_make_it_fit() -> None:
     [
         (1, ()),
         (4, ("train.precision=bf16",)),
+        (4, ("train.precision=fp8",)),
         (4, ("train.precision=bf16", "parallel.param_dtype=bf16", "train.recompute=full")),
         (4, ("train.precision=bf16", "parallel.reshard=false", "model.tied=true")),
         (4, ("parallel.tensor=2", "train.recompute=selective")),

@@ -13,13 +13,12 @@ from cases import ROWS, VOCAB, tiny_gpt
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gptnorm.config import BackboneName
+from gptnorm.config import BackboneName, Precision
 from gptnorm.model import GPT
 from gptnorm.plan.trace import Trace, cuda_kernels, fake_model, trace_pass
 from gptnorm.train.blocks import prepare_blocks
 
 LENGTH = 16
-Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -35,14 +34,16 @@ def trace(
 ) -> Trace:
     with torch.device("meta"):
         model = tiny_gpt(strategy, backbone, **changes)
-    prepare_blocks(model, recompute, compiled=False)
+    prepare_blocks(model, recompute, compiled=False, float8=precision == "fp8")
     with fake_model(model) as fake:
         return trace_pass(fake, sequences=sequences, seq_len=LENGTH, precision=precision, cuda=cuda)
 
 
-def real(strategy: str, backbone: BackboneName, recompute: Recompute = "none", **changes: Any) -> GPT:
+def real(
+    strategy: str, backbone: BackboneName, precision: Precision, recompute: Recompute = "none", **changes: Any
+) -> GPT:
     model = tiny_gpt(strategy, backbone, **changes)
-    prepare_blocks(model, recompute, compiled=False)
+    prepare_blocks(model, recompute, compiled=False, float8=precision == "fp8")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model
@@ -53,7 +54,7 @@ def text(sequences: int = 3) -> Tensor:
 
 
 def under(precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
 
 
 def saved_bytes(model: GPT, tokens: Tensor, precision: Precision) -> int:
@@ -90,6 +91,7 @@ KEPT: list[tuple[str, Precision]] = [
     *((row.strategy, "fp32") for row in ROWS),
     ("simplenorm", "bf16"),
     ("ngpt", "bf16"),
+    ("simplenorm", "fp8"),
 ]
 
 
@@ -97,7 +99,7 @@ KEPT: list[tuple[str, Precision]] = [
 def test_kept_is_what_autograd_saves(strategy: str, precision: Precision) -> None:
     found = trace(strategy, "llama3", precision=precision).kept.total
     # The loss itself is alive and not saved; a mean's weight is saved and has no storage of its own on fake tensors.
-    assert found == pytest.approx(saved_bytes(real(strategy, "llama3"), text(), precision), abs=64)
+    assert found == pytest.approx(saved_bytes(real(strategy, "llama3", precision), text(), precision), abs=64)
 
 
 PEAKS: list[tuple[str, BackboneName, Precision, Recompute, dict[str, Any]]] = [
@@ -109,6 +111,9 @@ PEAKS: list[tuple[str, BackboneName, Precision, Recompute, dict[str, Any]]] = [
     ("prenorm", "gpt2", "fp32", "none", {"options": {"attention_softcap": 30.0}}),
     ("prenorm", "llama2", "fp32", "none", {"moe": True, "d_ff": 48}),
     ("prenorm", "llama2", "bf16", "none", {"moe": True, "d_ff": 48}),
+    ("prenorm", "llama2", "fp8", "none", {}),
+    ("simplenorm", "llama3", "fp8", "selective", {}),
+    ("prenorm", "llama2", "fp8", "full", {"moe": True, "d_ff": 48}),
 ]
 
 
@@ -119,7 +124,7 @@ def test_peak_is_what_the_allocator_saw(
     changes = {"d_model": 128, "d_ff": 352, **changes}
     found = trace(strategy, backbone, sequences=8, precision=precision, recompute=recompute, **changes)
     peak = max(found.loss_peak, found.head_peak, found.backward_peak).total
-    seen = allocated_peak(real(strategy, backbone, recompute, **changes), text(8), precision)
+    seen = allocated_peak(real(strategy, backbone, precision, recompute, **changes), text(8), precision)
     # Some products in bf16 have scratch memory on a CPU.
     assert peak == pytest.approx(seen, rel=1e-3 if precision == "fp32" else 0.03)
 

@@ -27,6 +27,7 @@ from gptnorm.sharding import Sharers, as_spread, cut_over, enter, gather, here, 
 from gptnorm.strategies import find_strategy
 from gptnorm.strategies.registry import preset_options
 from gptnorm.train import parallel
+from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.parallel import World, clip_gradients, close_world, mean_over_data, open_world, parallelize
 
 VOCAB, LENGTH, ROWS = 64, 16, 4
@@ -266,6 +267,25 @@ def _see_reduction(config: Config, spread: GPT, tokens: Tensor, world: World, wo
         worst.relative("reduced in bf16", torch.stack(parts).sum(0).div(world.size).float(), mean, name)
 
 
+def float8(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Each process rounds whole weights and its own rows: the gradients are the mean of what each has alone."""
+    config = make_config(case)
+    alone, spread = dense_model(config, torch.float32), spread_model(config, world, torch.float32)
+    prepare_blocks(alone, "none", compiled=False, float8=True)
+    for model in (alone, spread):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            objective = model.objective(own_rows(text(ROWS, LENGTH - 1), world))
+        objective.total.backward()
+    worst = Worst()
+    for (name, p), q in zip(alone.named_parameters(), spread.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        parts = [torch.empty_like(p.grad) for _ in range(world.size)]
+        dist.all_gather(parts, p.grad)
+        worst.relative("gradient", whole(q.grad), torch.stack(parts).mean(0), name)
+    return {**worst.found}
+
+
 def maps(case: dict[str, Any], world: World) -> dict[str, Any]:
     """First and second derivatives through the maps between whole and part, a norm's statistics among them."""
     assert world.mesh is not None
@@ -301,7 +321,7 @@ def _two_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
     return [y.detach(), first.detach(), second]
 
 
-CHECKS = {check.__name__: check for check in (steps, training, dropping, low_precision, maps)}
+CHECKS = {check.__name__: check for check in (steps, training, dropping, low_precision, float8, maps)}
 
 
 def main(cases: Path, results: Path) -> None:

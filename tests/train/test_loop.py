@@ -206,6 +206,18 @@ def test_bf16_trains_close_to_fp32(recipe, tmp_path):
     assert [x[2] for x in a] == pytest.approx([x[2] for x in b], rel=0.02)
 
 
+@pytest.mark.parametrize("settings", [(), ("moe.experts=4", "moe.shared=1", "model.d_ff=16")], ids=["dense", "experts"])
+def test_fp8_trains_less_close_to_fp32(recipe, tmp_path, settings):
+    """The largest differences seen here: 0.04 % in bf16, 0.3 % in fp8."""
+    found = {}
+    for precision in ("fp32", "bf16", "fp8"):
+        train(recipe, tmp_path / precision, f"train.precision={precision}", "train.steps=40", *settings)
+        found[precision] = [loss for _, _, loss in losses(tmp_path / precision)]
+    assert found["fp32"][-1] < found["fp32"][0] - 1, "nothing was learned"
+    near, far = (max(abs(a / b - 1) for a, b in zip(found[p], found["fp32"], strict=True)) for p in ("bf16", "fp8"))
+    assert 2 * near < far < 0.01
+
+
 @pytest.mark.slow
 def test_compiled_run_gives_the_same_losses(recipe, tmp_path):
     train(recipe, tmp_path / "eager")

@@ -99,6 +99,8 @@ FAST = {
         laid_out("maps", 2, only=(1, 2), check="maps", strategy="prenorm"),
         laid_out("dropping", 2, only=(1, 2), check="dropping", strategy="prenorm", model={"dropout": 0.3}),
         laid_out("low-precision", 2, check="low_precision", strategy="simplenorm", parallel={"param_dtype": "bf16"}),
+        laid_out("float8", 2, only=(2, 1), check="float8", strategy="simplenorm", train={"precision": "fp8"}),
+        laid_out("float8-moe", 2, check="float8", strategy="prenorm", moe=MOE, train={"precision": "fp8"}),
     ),
     4: merged(
         laid_out("simplenorm", 4, only=(2, 2), strategy="simplenorm"),
@@ -224,12 +226,18 @@ def _judge_low_precision(case: Case, found: dict[str, Any]) -> None:
         assert found["reduced in bf16"][0] > 1e-3, "a sum in bf16 would not have been noticed"
 
 
+def _judge_float8(case: Case, found: dict[str, Any]) -> None:
+    # The order of sums in fp32; another scale would differ by percents.
+    assert found["gradient"][0] < 1e-6, found["gradient"]
+
+
 JUDGES = {
     "steps": _judge_steps,
     "training": _judge_training,
     "dropping": _judge_exact,
     "maps": _judge_exact,
     "low_precision": _judge_low_precision,
+    "float8": _judge_float8,
 }
 
 

@@ -38,6 +38,8 @@ CASES = {
     "experts": ("moe.experts=4", "moe.balance=bias", "options.qk_clip=0.5"),
     "bf16": ("train.precision=bf16",),
     "frozen norms": ("options.norm_scale=frozen", "options.qk_norm=head", "train.accumulate=2", "train.precision=bf16"),
+    "fp8": ("train.precision=fp8", "train.recompute=full", "guard.sigmas=6.0", "guard.window=16"),
+    "fp8, experts": ("train.precision=fp8", "moe.experts=4", "model.d_ff=16"),
     "best": ("checkpoint.best=true", "train.eval_every=1", "checkpoint.keep=1"),
     "synchronous": ("checkpoint.asynchronous=false",),
 }
