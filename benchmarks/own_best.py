@@ -17,7 +17,8 @@ from rich.console import Console
 from gptnorm.files import write_atomic
 from gptnorm.report import load_study, markdown_table
 from gptnorm.report.gaps import Gap
-from gptnorm.report.results import Cell, sample_sd
+from gptnorm.report.results import Cell
+from gptnorm.statistics import sample_sd
 from gptnorm.study.grid import Grid
 from gptnorm.study.run import run_study
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptnorm.report.records import finite, read_lines
+from gptnorm.records import finite, read_lines
 from gptnorm.report.results import Cell, Study
 
 Floats = NDArray[np.float64]

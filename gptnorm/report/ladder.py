@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptnorm.errors import UserError, bad_value
+from gptnorm.records import finite, read_object
 from gptnorm.report.optimum import Best, Stable, best_rate, largest_stable, mean_points, seed_points
-from gptnorm.report.records import finite, read_object
-from gptnorm.report.results import Row, Study, load_study, sample_sd
+from gptnorm.report.results import Row, Study, load_study
+from gptnorm.statistics import sample_sd
 
 
 @dataclass(frozen=True, kw_only=True)

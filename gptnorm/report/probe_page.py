@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptnorm.records import finite
 from gptnorm.report import page
 from gptnorm.report.format import MISSING, count_text, loss_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
-from gptnorm.report.records import finite
 from gptnorm.report.shared import environment_pairs, setting_table
 from gptnorm.tables import flatten
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.report.records import finite, read_lines, read_object
+from gptnorm.records import finite, read_lines, read_object
+from gptnorm.statistics import sample_sd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +226,6 @@ def best_loss(row: Row) -> float:
     assert row.best is not None
     assert row.best.mean is not None
     return row.best.mean
-
-
-def sample_sd(values: list[float]) -> float | None:
-    """Sample standard deviation (ddof=1), or None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) * (value - mean) for value in values)
-    return finite(math.sqrt(squares / (len(values) - 1)))
 
 
 def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Study:

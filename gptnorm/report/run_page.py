@@ -6,10 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from gptnorm.records import finite, read_config, read_lines, read_object_if_there
 from gptnorm.report import page
 from gptnorm.report.format import count_text, duration_text, loss_text, value_text
 from gptnorm.report.page import Markup, tag
-from gptnorm.report.records import finite, read_config, read_lines, read_object_if_there
 from gptnorm.report.run_plot import run_curves
 from gptnorm.report.shared import environment_pairs, setting_table
 from gptnorm.report.watch_page import watch_sections

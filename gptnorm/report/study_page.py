@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from gptnorm.records import finite
 from gptnorm.report import page
 from gptnorm.report.curves import study_curves
 from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, plural, spread_text, value_text
 from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
-from gptnorm.report.records import finite
 from gptnorm.report.results import About, Cell, Study
 from gptnorm.report.shared import environment_pairs, setting_table
 from gptnorm.report.table import CellText, cell_text, footnotes

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptnorm.errors import UserError
-from gptnorm.report.records import finite, read_lines, read_object
+from gptnorm.records import finite, read_lines, read_object
 from gptnorm.report.results import About, Cell, read_about
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (

@@ -63,6 +63,8 @@ def stability_note(study: ToleranceStudy) -> str:
             f"its training loss over the last 5 % of the steps is at most {study.stability.rise:g} nats above its "
             "lowest over any stretch as long"
         )
+    if math.isfinite(study.stability.worse):
+        rules.append(f"above its best rate, its validation loss is at most {study.stability.worse:g} times that there")
     return f"Stable: {', '.join(rules[:-1])} and {rules[-1]}." if len(rules) > 1 else f"Stable: {rules[0]}."
 
 

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from gptnorm.records import finite
 from gptnorm.report import page
 from gptnorm.report.format import MISSING, count_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
-from gptnorm.report.records import finite
 
 MOST_LINES = 6
 """Blocks drawn in one plot, evenly chosen."""

@@ -109,7 +109,7 @@ def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T
     study = read_table(cls, table, key="study")
     for entry in fields(study):
         values = getattr(study, entry.name)
-        if isinstance(values, tuple) and len(set(values)) != len(values):
+        if isinstance(values, tuple) and len(set(map(repr, values))) != len(values):
             raise bad_value(f"study.{entry.name}", list(values), "must not repeat an entry")
     return study
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.report.records import read_lines
+from gptnorm.records import read_lines
 from gptnorm.study.ledger import Ledger, read_facts
 
 Part = tuple[int, int]

@@ -27,7 +27,7 @@ from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
-from gptnorm.report.records import read_lines, read_object
+from gptnorm.records import read_lines, read_object
 from gptnorm.tables import flatten
 
 Facts = dict[str, Any]

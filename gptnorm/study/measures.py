@@ -22,8 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gptnorm.report.gaps import t_quantile
-from gptnorm.report.results import sample_sd
+from gptnorm.statistics import sample_sd, t_quantile
 
 
 class Point(NamedTuple):
@@ -160,7 +159,7 @@ def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> 
 
 def mean_of(values: Sequence[float]) -> Estimate:
     """Of one value or more, normal ones assumed."""
-    mean, sd = sum(values) / len(values), sample_sd(list(values))
+    mean, sd = sum(values) / len(values), sample_sd(values)
     if sd is None:
         return Estimate(value=mean, low=None, high=None, seeds=len(values))
     half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))

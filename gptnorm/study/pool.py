@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gptnorm.report.records import read_lines
+from gptnorm.records import read_lines
 from gptnorm.study.outcome import Training, summarize
 
 if TYPE_CHECKING:

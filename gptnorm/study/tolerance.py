@@ -15,7 +15,7 @@ from typing import Any
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe
-from gptnorm.report.records import finite
+from gptnorm.records import finite
 from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides
 from gptnorm.study.config import (
     ToleranceConfig,

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from report_folders import Outcome, make_study
 
 from gptnorm.errors import UserError
-from gptnorm.report.gaps import paired_gaps, t_quantile
+from gptnorm.report.gaps import paired_gaps
 from gptnorm.report.results import load_study
 from gptnorm.report.verdict import caveats, verdict
+from gptnorm.statistics import t_quantile
 
 
 def test_mean_sd_and_best(tmp_path: Path) -> None:

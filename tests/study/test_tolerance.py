@@ -117,6 +117,20 @@ def test_places_are_compared(study):
     assert len({c.folder for c in cells}) == len(cells)
 
 
+def test_places_written_out(study, tmp_path):
+    first, second = "{model.d_model=16,model.n_layers=2}", "{model.n_layers=1,model.d_model=32}"
+    cells = plan(study, f"study.places=[{first},{second}]").samples
+    shapes = {(c.config.model.d_model, c.config.model.n_heads, c.config.model.n_layers) for c in cells}
+    assert shapes == {(16, 2, 2), (32, 4, 1)}
+    only = 'study.strategies=["prenorm"]'
+    folder = ask(study, tmp_path / "out", f"study.places=[{first}]", only)
+    ask(study, folder, f"study.places=[{second}]", only)
+    asked = json.loads((folder / "study.json").read_text())["tolerance"]
+    assert asked["places"] == [{"model.d_model": 16, "model.n_layers": 2}, {"model.d_model": 32, "model.n_layers": 1}]
+    assert {json.dumps(row["place"]) for row in lines(folder)} == set(map(json.dumps, asked["places"]))
+    assert all(row["flops"] > 0 for row in lines(folder))
+
+
 def test_other_maps_are_another_study(study, tmp_path):
     folder = ask(study, tmp_path / "out", "study.map.model.n_layers=[1]", 'study.strategies=["prenorm"]')
     ask(study, folder, "study.map.model.n_layers=[2]", 'study.strategies=["prenorm"]')
@@ -151,6 +165,13 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.tune.init.std=[0.2]", "init.std=0.3"], "init.std: the study sets it itself; see study.tune"),
         (["study.depths=[1,2]"], "study.depths"),
         (["study.tune=3"], "study.tune"),
+        (["study.places=[{a=1}]"], "a: unknown key"),
+        (["study.places=[{model.n_layers=1},{train.steps=2}]"], "must set the same as the first: model.n_layers"),
+        (["study.places=[{}]"], "study.places"),
+        (["study.places=[{model.n_layers=1},{model.n_layers=1}]"], "must not repeat an entry"),
+        (["study.places=[{optim.lr=1.0}]"], "study.places.optim.lr"),
+        (["study.places=[{model.n_layers=1}]", "study.map.train.steps=[4]"], "study.places: is given beside study.map"),
+        (["study.places=[{model.n_layers=1}]", "model.n_layers=2"], "model.n_layers: the study sets it"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_made(study, tmp_path, settings, words):
