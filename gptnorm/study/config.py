@@ -71,8 +71,8 @@ class ToleranceConfig(StudyConfig):
     pick: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
     """Seeds that pick each strategy's best rate and setting; none of those reported."""
     report: Literal["all", "near", "best"] = "all"
-    """Rates that reported seeds train at: every one that the picking seeds tried, the best with its neighbours and the
-    edge, or the best alone. All but the last also bracket each seed's own edge."""
+    """Rates that reported seeds train at: every one that the picking seeds tried, those from the best's lower neighbour
+    up to the edge, or the best alone. All but the last also bracket each seed's own edge."""
     baseline: str | None = None
     """The strategy that the others are compared with. Left out: the first."""
     epsilon: PositiveFloat = 0.05

@@ -135,9 +135,9 @@ def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[floa
         return rates if study.report == "all" else []
     if study.report == "best":
         return [best.lr]
-    at = rates.index(best.lr)
-    near = {*rates[max(0, at - 1) : at + 2], edge.stable, *([edge.unstable] if edge.unstable else [])}
-    return sorted(near)
+    # Between best and edge no rate is left out: a reach is read off between two, and a failure may hide between them.
+    below, last = rates[max(0, rates.index(best.lr) - 1)], edge.unstable or edge.stable
+    return [lr for lr in rates if below <= lr <= last]
 
 
 def _mean(lr: float, points: Sequence[Point | None]) -> Point | None:
