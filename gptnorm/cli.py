@@ -365,10 +365,11 @@ def tolerance(
     training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
     beside the rate, and where strategies are compared; see docs/tolerance.md.
     """
+    from gptnorm.recipe import load_recipe
     from gptnorm.study.asked import as_settings
     from gptnorm.study.tolerance import Tolerance
 
-    asked = as_settings(settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    asked = as_settings(load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
     which, folder = share(part, folder or Path("runs/study-tolerance"))
     run_and_tell(Tolerance(part=which), recipe, asked, folder, fresh)
 

@@ -64,10 +64,10 @@ def test_commands_exist(page: Path) -> None:
                 arguments = shlex.split(line, comments=True)[4:]
                 settings = tuple(word for word in arguments if "=" in word)
                 given = dict(itertools.pairwise(arguments))
-                settings = as_settings(
-                    settings, strategies=given.get("--strategies"), lrs=given.get("--lrs"), seeds=None
-                )
                 recipe, kind = load_recipe(words[3]), kinds[words[2]]
+                settings = as_settings(
+                    recipe, settings, strategies=given.get("--strategies"), lrs=given.get("--lrs"), seeds=None
+                )
                 kind.plan(recipe, kind.read(recipe, settings), settings)
 
 

@@ -30,25 +30,25 @@ from typing import Any, Literal
 from gptnorm.errors import UserError
 from gptnorm.records import finite, read_lines, read_object
 from gptnorm.report.results import About, Cell, read_about
-from gptnorm.study.cell import Pairs
+from gptnorm.study.cell import Pairs, as_pairs
 from gptnorm.study.measures import (
     Bound,
     Edge,
     Estimate,
     Point,
-    Reach,
     best_point,
+    chosen,
     edge_of,
     edge_ratio,
-    geometric_mean,
     judged,
-    mean_edge,
     mean_of,
+    mean_rate,
     paired_difference,
+    picked_curve,
     reach_of,
     sensitivity,
 )
-from gptnorm.study.outcome import Stability, Training
+from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.search import Search
 
 
@@ -95,9 +95,7 @@ class Track:
     @cached_property
     def picked(self) -> list[Point]:
         """The curve that the best rate is picked on: means over the picking seeds, of the rates that all have."""
-        curves = [self.curve(seed) for seed in self.pick]
-        rates = [lr for lr in self.lrs if all(any(point.lr == lr for point in curve) for curve in curves)]
-        return judged([_mean_point(lr, [_at(curve, lr) for curve in curves]) for lr in rates], self.worse)
+        return picked_curve([self._points(seed) for seed in self.pick], self.worse)
 
     @cached_property
     def best(self) -> Point | None:
@@ -129,7 +127,10 @@ class Track:
 
     def curve(self, seed: int) -> list[Point]:
         """One seed's points, ascending, judged against the best of them."""
-        return judged([trial.point for trial in self._by_seed.get(seed, [])], self.worse)
+        return judged(self._points(seed), self.worse)
+
+    def _points(self, seed: int) -> list[Point]:
+        return [trial.point for trial in self._by_seed.get(seed, [])]
 
     def mean_curve(self) -> list[tuple[float, list[Point]]]:
         """Every rate with its points on the reported seeds, ascending."""
@@ -163,25 +164,28 @@ class Track:
 
     @cached_property
     def edges(self) -> dict[int, Edge]:
-        """By reported seed, of those with more than one rate."""
+        """By reported seed, of those with more than one rate; none if one of these is stable at none of them, since
+        a mean over the others would flatter."""
         found = {seed: edge_of(self.curve(seed)) for seed in self.seeds if len(self.curve(seed)) > 1}
-        return {seed: edge for seed, edge in found.items() if edge is not None}
+        edges = {seed: edge for seed, edge in found.items() if edge is not None}
+        return edges if len(edges) == len(found) else {}
 
     @property
     def edge(self) -> Bound | None:
         """Where training fails."""
-        return mean_edge(self.edges)
+        return mean_rate([(edge.stable, edge.unstable) for edge in self.edges.values()])
 
     @property
     def near(self) -> Bound | None:
-        """The largest rate within epsilon of the own best."""
-        return self.reach({seed: loss + self.epsilon for seed, loss in self.losses.items()})
+        """The largest rate within epsilon of the own best; None where a seed failed there."""
+        levels = {seed: loss + self.epsilon for seed, loss in self.losses.items()}
+        return None if self.failed else self.reach(levels)
 
     def reach(self, levels: Mapping[int, float]) -> Bound | None:
         """The largest rate that keeps a level of loss, given by seed; None where a seed never does."""
         found = {seed: reach_of(self.curve(seed), level) for seed, level in levels.items() if seed in self.seeds}
         reaches = [reach for reach in found.values() if reach is not None]
-        return _mean_reach(reaches) if reaches and len(reaches) == len(found) else None
+        return mean_rate([(r.low, r.high) for r in reaches]) if len(reaches) == len(found) else None
 
     @property
     def sensitivity(self) -> Estimate | None:
@@ -286,10 +290,11 @@ class Place:
     def tuned(self) -> dict[str, Track]:
         """Each strategy with the setting that was best on the picking seeds."""
         found: dict[str, Track] = {}
-        for track in self.tracks:
-            best = found.get(track.strategy)
-            if best is None or _loss_of(track) < _loss_of(best):
-                found[track.strategy] = track
+        for strategy in dict.fromkeys(track.strategy for track in self.tracks):
+            # As it comes first: of equals that is chosen.
+            mine = sorted((t for t in self.tracks if t.strategy == strategy), key=lambda track: bool(track.variant))
+            index = chosen({i: track.picked for i, track in enumerate(mine)})
+            found[strategy] = mine[index or 0]
         return found
 
     def pairs(self, *, tuned: bool) -> dict[str, Pair]:
@@ -318,6 +323,8 @@ class ToleranceStudy:
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
+    complete: bool
+    """Whether the study had come to its end when it was last worked on."""
     wanted_places: int
     """How many the study asks for."""
     cells: tuple[Cell, ...]
@@ -354,7 +361,7 @@ class ToleranceStudy:
     @property
     def unfinished(self) -> bool:
         """Whether strategies are missing somewhere, or reported seeds at a best rate."""
-        if len(self.places) < self.wanted_places:
+        if not self.complete or len(self.places) < self.wanted_places:
             return True
         tracks = [track for place in self.places for tracks in (place.own, place.tuned) for track in tracks.values()]
         return any(len(place.own) < len(self.about.strategies) for place in self.places) or any(
@@ -385,7 +392,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     for line in read_lines(folder / "cells.jsonl"):
         try:
             trial = _read_trial(line, stability, about.unigram_entropy)
-            key = (trial.cell.strategy, _pairs(line.get("place")), _pairs(line.get("variant")))
+            key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{folder / 'cells.jsonl'}: a line lacks strategy, lr or seed: {line!r}") from None
         trials.setdefault(key, {})[trial.cell.run] = trial
@@ -410,7 +417,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         )
 
     places = dict.fromkeys(place for _, place, _ in trials)
-    order = {_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
+    order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
     baseline = str(asked["baseline"])
     return ToleranceStudy(
         about=about,
@@ -432,6 +439,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},
+        complete=raw.get("complete", True) is True,
         wanted_places=max(1, len(order)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
     )
@@ -439,15 +447,13 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
 
 def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
     cell = Cell.read(line)
-    tail, lowest = finite(line.get("tail_loss")), finite(line.get("lowest_loss"))
-    loss = cell.val_loss if cell.finished else None
     spikes = int(line.get("spikes") or 0)
     blocks = [finite(value) for value in line.get("nonlinearity") or ()]
     values = [value for value in blocks if value is not None]
     return Trial(
         cell=cell,
-        point=Point(cell.lr, loss, stability.holds(loss, Training(tail=tail, lowest=lowest, spikes=spikes), entropy)),
-        tail=tail,
+        point=point_of(line, stability, entropy),
+        tail=finite(line.get("tail_loss")),
         spikes=spikes,
         nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
         memory=finite(line.get("memory")),
@@ -460,28 +466,8 @@ def _cap(raw: Mapping[str, Any]) -> float | None:
     return math.log(vocab) if vocab else None
 
 
-def _pairs(settings: Mapping[str, Any] | None) -> Pairs:
-    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in (settings or {}).items())
-
-
 def _loss_of(track: Track) -> float:
     return math.inf if track.best is None or track.best.loss is None else track.best.loss
-
-
-def _at(curve: list[Point], lr: float) -> Point:
-    return next(point for point in curve if point.lr == lr)
-
-
-def _mean_point(lr: float, points: list[Point]) -> Point:
-    losses = [point.loss for point in points if point.loss is not None]
-    whole = len(losses) == len(points)
-    return Point(lr, sum(losses) / len(losses) if whole else None, whole and all(point.stable for point in points))
-
-
-def _mean_reach(reaches: list[Reach]) -> Bound:
-    mean, at_least = geometric_mean([reach.lr for reach in reaches]), any(reach.open for reach in reaches)
-    high = None if at_least else mean.high
-    return Bound(value=mean.value, low=mean.low, high=high, seeds=mean.seeds, at_least=at_least)
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -54,6 +54,10 @@ def caveats(study: ToleranceStudy) -> list[str]:
         )
     if len(study.about.strategies) * max(1, len(study.places)) > 2:
         found.append("With many comparisons, about one interval in twenty misses the truth.")
+        found.append(
+            "The strategy of the lowest loss was found on the seeds that its lead is measured on, which flatters the "
+            "lead: of several that are equal the lucky one is named, and its interval excludes 0 too often."
+        )
     if any(track.end for place in study.places for track in place.own.values()):
         found.append("Where the best is the lowest or highest rate tried, it is no optimum, and no comparison is fair.")
     found.append(

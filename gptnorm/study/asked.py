@@ -6,14 +6,15 @@ import itertools
 import json
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.recipe import parse_overrides
+from gptnorm.recipe import Recipe
+from gptnorm.study.config import ToleranceConfig, read_table_of
 from gptnorm.study.search import log_grid
 
 ALLOWED = "must be LOW:HIGH or a list, such as 3e-4:3e-1 or 1e-3,3e-3,1e-2"
 
 
 def as_settings(
-    settings: tuple[str, ...], *, strategies: str | None, lrs: str | None, seeds: int | None
+    recipe: Recipe, settings: tuple[str, ...], *, strategies: str | None, lrs: str | None, seeds: int | None
 ) -> tuple[str, ...]:
     """The `key=value` arguments with those that the options stand for.
 
@@ -31,7 +32,7 @@ def as_settings(
     if lrs is not None:
         more["lrs"] = list(parse_rates(lrs))
     if seeds is not None:
-        pick = parse_overrides(settings).get("study", {}).get("pick", [0])
+        pick = read_table_of(ToleranceConfig, recipe, settings).pick
         more["seeds"] = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
     given = {setting.partition("=")[0] for setting in settings}
     for key in more:

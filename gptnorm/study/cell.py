@@ -39,6 +39,16 @@ class Setup:
         return as_overrides(dict((*self.follows, *self.place, *self.variant)))
 
 
+def hashable(value: Any) -> Any:
+    """A setting's value, a list of them as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def as_pairs(settings: Mapping[str, Any] | None) -> Pairs:
+    """Settings as a ledger or a recipe has them, by name."""
+    return tuple((key, hashable(value)) for key, value in sorted((settings or {}).items()))
+
+
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` arguments, their values in TOML."""
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from gptnorm.config import STRICT, Count, Positive, PositiveFloat, WidthRuleName
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe, parse_overrides
-from gptnorm.study.cell import Pairs
+from gptnorm.study.cell import Pairs, as_pairs, hashable
 from gptnorm.study.ladder import FEWEST, Axis
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
@@ -27,6 +27,10 @@ RESERVED = ("model.strategy", "optim.lr", "seed")
 
 FIXED = ("data.", "run.", "checkpoint.", "watch.", "parallel.", "study.")
 """Tables whose settings are the same in all cells: the runs would not be comparable, or not be made otherwise."""
+
+
+BUDGET = ("model.", "moe.", "train.")
+"""Tables whose settings make a run longer or a model larger: what has more of it has won nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,30 +143,27 @@ def read_places(study: ToleranceConfig) -> list[Pairs]:
     if study.map:
         raise UserError("study.places: is given beside study.map, which says the same; give one of them")
     tables = [flatten(table) for table in study.places]
-    names = list(tables[0])
+    names = sorted(tables[0])
     for table in tables:
         if sorted(table) != sorted(names) or not table:
             raise bad_value("study.places", table, f"must set the same as the first: {', '.join(names) or 'something'}")
     for name in names:
         _refuse_fixed(name, f"study.places.{name}", [table[name] for table in tables])
-    places = [tuple((name, _hashable(table[name])) for name in names) for table in tables]
+    places = [as_pairs(table) for table in tables]
     if len(set(places)) != len(places):
         raise bad_value("study.places", tables, "must not repeat an entry")
     return places
 
 
 def combinations(axes: Axes) -> list[Pairs]:
-    """Every combination of the axes' values; one empty one where there are no axes."""
-    return [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    """Every combination of the axes' values, each once; one empty one where there are no axes."""
+    found = (as_pairs(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
+    return list(dict.fromkeys(found))
 
 
 def _refuse_fixed(name: str, where: str, values: Any) -> None:
     if name in RESERVED or name.startswith(FIXED):
         raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def read_axes(table: dict[str, Any], key: str) -> Axes:
@@ -175,9 +176,11 @@ def read_axes(table: dict[str, Any], key: str) -> Axes:
     for name, values in flatten(table).items():
         where = f"{key}.{name}"
         _refuse_fixed(name, where, values)
+        if key == "study.tune" and name.startswith(BUDGET):
+            raise bad_value(where, values, "is part of the budget, which is the same for all; compare with study.map")
         if not isinstance(values, list) or not values:
             raise bad_value(where, values, "must be a list of its values, such as [0.0, 0.1]")
         if len({repr(value) for value in values}) != len(values):
             raise bad_value(where, values, "must not repeat an entry")
-        axes[name] = tuple(map(_hashable, values))
+        axes[name] = tuple(map(hashable, values))
     return axes

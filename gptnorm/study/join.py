@@ -52,6 +52,10 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
             places = ledger.begin(facts)
             for line in new:
                 run, environment = line.pop("run"), line.pop("environment", 0)
+                if environment not in range(len(places)):
+                    raise UserError(
+                        f"{part / 'cells.jsonl'}: names an environment that study.json lacks: {environment!r}"
+                    )
                 _copy_run(part, folder, run)
                 ledger.add(run, **line, environment=places[environment])
             if new:

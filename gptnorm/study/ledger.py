@@ -105,6 +105,13 @@ class Ledger:
             os.fsync(file.fileno())
         self.done[run] = line
 
+    def complete(self, whether: bool) -> None:
+        """Records whether nothing is missing of what was asked."""
+        assert self.earlier is not None
+        if self.earlier.get("complete") is not whether:
+            self.earlier["complete"] = whether
+            self._write(self.earlier)
+
     def spent(self, seconds: float) -> None:
         """Adds to the time that the study has taken."""
         assert self.earlier is not None
@@ -170,7 +177,6 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
         found["tolerance"] = {
             **now,
             "tune": _union_of_axes(before["tune"], now["tune"]),
-            "map": _union_of_axes(before["map"], now["map"]),
             "places": _union(before.get("places", []), now["places"]),
         }
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
@@ -228,7 +234,7 @@ def _is_whole(facts: Facts) -> bool:
         all(isinstance(facts.get(key), list) for key in UNIONS)
         and {"title", "recipe", "seconds"} <= facts.keys()
         and all(isinstance(table, dict) for table in (settings, data, ladder, tolerance))
-        and all(isinstance(tolerance.get(key, {}), dict) for key in ("tune", "map"))
+        and isinstance(tolerance.get("tune", {}), dict)
         and all(isinstance(settings.get(key), dict) for key in ("shared", "differing", "recipe"))
         and "fingerprint" in data
     )

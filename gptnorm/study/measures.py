@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from gptnorm.statistics import sample_sd, t_quantile
 
@@ -51,11 +51,17 @@ class Edge:
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """The rate up to which a level of the loss is kept."""
+    """The rate up to which a level of the loss is kept, between two that are equal where the loss crosses the level."""
 
-    lr: float
-    open: bool
-    """Whether it is kept up to the highest rate tried, so that the true one may be higher."""
+    low: float
+    """It is kept up to here at least."""
+    high: float | None
+    """The first unstable rate, where one ends it; None: it is kept up to the highest rate tried."""
+
+    @property
+    def middle(self) -> float | None:
+        """The reach itself; None where it was not reached."""
+        return None if self.high is None else math.sqrt(self.low * self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +118,8 @@ def edge_of(curve: Sequence[Point]) -> Edge | None:
 def reach_of(curve: Sequence[Point], level: float) -> Reach | None:
     """How far up from the best rate the loss stays at or below `level`; None if the best itself lies above.
 
-    Where the next point is finite the crossing is interpolated in ln η; an unstable one ends the reach at the last rate
-    before it.
+    Where the next point is stable the crossing is interpolated in ln η; an unstable one ends the reach somewhere
+    between the last rate before it and its own.
     """
     best = best_point(curve)
     if best is None or best.loss is None or best.loss > level:
@@ -123,13 +129,14 @@ def reach_of(curve: Sequence[Point], level: float) -> Reach | None:
         if point.lr <= best.lr:
             continue
         if not point.stable or point.loss is None:
-            return Reach(lr=last.lr, open=False)
+            return Reach(low=last.lr, high=point.lr)
         if point.loss > level:
             assert last.loss is not None
             share = (level - last.loss) / (point.loss - last.loss)
-            return Reach(lr=last.lr * (point.lr / last.lr) ** share, open=False)
+            crossing = last.lr * (point.lr / last.lr) ** share
+            return Reach(low=crossing, high=crossing)
         last = point
-    return Reach(lr=last.lr, open=True)
+    return Reach(low=last.lr, high=None)
 
 
 def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> float | None:
@@ -179,35 +186,27 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean_of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
-def paired_ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """How many times as large ours are, seed by seed; None where no seed has both."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    return geometric_mean([ours[seed] / theirs[seed] for seed in seeds]) if seeds else None
+def mean_rate(brackets: Sequence[tuple[float, float | None]]) -> Bound | None:
+    """The geometric mean of rates over seeds, each known between two; None without one.
 
-
-def mean_edge(edges: Mapping[int, Edge]) -> Bound | None:
-    """The geometric mean of edges over seeds; None without one.
-
-    Its interval runs from the lower end of that of the largest stable rates to the upper end of that of the first
-    unstable ones, so that it also holds how closely the edges are known. Where a seed's edge was not reached, the value
-    is that of the largest stable rates, and there is no upper end.
+    Its interval runs from the lower end of that of the lower rates to the upper end of that of the upper ones, so that
+    it also holds how closely the rates are known. Where a seed has no upper one, the value is that of the lower rates,
+    and there is no upper end.
     """
-    if not edges:
+    if not brackets:
         return None
-    stable = geometric_mean([edge.stable for edge in edges.values()])
-    middles = [edge.middle for edge in edges.values() if edge.middle is not None]
-    if len(middles) < len(edges):
-        return Bound(value=stable.value, low=stable.low, high=None, seeds=stable.seeds, at_least=True)
-    unstable = geometric_mean([edge.unstable for edge in edges.values() if edge.unstable is not None])
-    return Bound(
-        value=geometric_mean(middles).value, low=stable.low, high=unstable.high, seeds=stable.seeds, at_least=False
-    )
+    low = geometric_mean([a for a, _ in brackets])
+    uppers = [b for _, b in brackets if b is not None]
+    if len(uppers) < len(brackets):
+        return Bound(value=low.value, low=low.low, high=None, seeds=low.seeds, at_least=True)
+    high = geometric_mean(uppers)
+    return Bound(value=math.sqrt(low.value * high.value), low=low.low, high=high.high, seeds=low.seeds, at_least=False)
 
 
 def edge_ratio(ours: Mapping[int, Edge], theirs: Mapping[int, Edge]) -> Bound | None:
     """How many times as far out our edges are, seed by seed; None where no seed has both, or theirs was not reached.
 
-    As in `mean_edge`, the interval also holds how closely the edges are known.
+    As in `mean_rate`, the interval also holds how closely the edges are known.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
@@ -220,3 +219,27 @@ def edge_ratio(ours: Mapping[int, Edge], theirs: Mapping[int, Edge]) -> Bound | 
     high = geometric_mean([our.unstable / their.stable for our, their in pairs if our.unstable])
     value = geometric_mean([our.middle / their.middle for our, their in pairs if our.middle and their.middle]).value
     return Bound(value=value, low=low.low, high=high.high, seeds=len(pairs), at_least=False)
+
+
+def mean_point(lr: float, points: Sequence[Point]) -> Point:
+    """Of several seeds at one rate; stable where all are, without a loss where one has none."""
+    losses = [point.loss for point in points if point.loss is not None]
+    whole = len(losses) == len(points)
+    return Point(lr, sum(losses) / len(losses) if whole else None, whole and all(point.stable for point in points))
+
+
+def picked_curve(curves: Sequence[Sequence[Point]], worse: float) -> list[Point]:
+    """Means over the seeds that pick, at the rates that all of them have, judged against the best of them."""
+    by_rate = [{point.lr: point for point in curve} for curve in curves]
+    rates = sorted(set.intersection(*map(set, by_rate))) if by_rate else []
+    return judged([mean_point(lr, [points[lr] for points in by_rate]) for lr in rates], worse)
+
+
+T = TypeVar("T")
+
+
+def chosen(curves: Mapping[T, Sequence[Point]]) -> T | None:
+    """That of the lowest loss at its best, of equals the first; None if nothing is stable."""
+    bests = {key: best_point(curve) for key, curve in curves.items()}
+    losses = {key: best.loss for key, best in bests.items() if best is not None and best.loss is not None}
+    return min(losses, key=lambda key: losses[key], default=None)

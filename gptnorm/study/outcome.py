@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as typed
 
 from gptnorm.config import STRICT
+from gptnorm.records import finite
+from gptnorm.study.measures import Point
 
 TAIL = 0.05
 """Fraction of the run over which losses are averaged: its end, and any stretch as long."""
@@ -58,6 +60,13 @@ class Stability:
         if entropy is not None and loss > entropy - self.margin:
             return False
         return training.tail <= training.lowest + self.rise
+
+
+def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
+    """A line of the ledger as a point of a curve; KeyError, TypeError or ValueError where it has no rate."""
+    loss = finite(line.get("val_loss")) if line.get("status") == "finished" else None
+    training = Training(tail=finite(line.get("tail_loss")), lowest=finite(line.get("lowest_loss")), spikes=0)
+    return Point(float(line["lr"]), loss, stability.holds(loss, training, entropy))
 
 
 def summarize(losses: Sequence[float], *, whole: bool) -> Training:

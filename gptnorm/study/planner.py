@@ -9,18 +9,20 @@ For one strategy at one place (`Group`), by *curves* of runs over rates:
    `study.report` names; then each seed's own edge is bracketed.
 
 The search is always replayed from its beginning, and a step is taken once all the runs that it rests on have ended. So
-the runs of a study are the same in whatever order they end, and however often it is killed.
+the runs of a study are the same in whatever order they end, and however often it is killed. What else the ledger holds
+(of a smaller study that has grown) counts once the search has come to its end, and may set it going again: what is
+planned and what is reported rest on the same curves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gptnorm.study.cell import Setup
 from gptnorm.study.config import ToleranceConfig
-from gptnorm.study.measures import Point, best_point, edge_of, judged
+from gptnorm.study.measures import Point, best_point, chosen, edge_of, picked_curve
 from gptnorm.study.search import Seek, next_rates
 
 
@@ -33,8 +35,8 @@ class Run(NamedTuple):
     seed: int
 
 
-Known = Callable[[Run], Point | None]
-"""What a run came to; None: it has not ended."""
+Known = Mapping[Run, Point]
+"""What the runs came to that have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,18 @@ class Group:
 
 def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]:
     """The runs to make now, those first that others wait for; none: the group is done."""
+    points: dict[tuple[Setup, int], dict[float, Point]] = {}
+    for run, point in known.items():
+        if run.strategy == group.strategy:
+            points.setdefault((run.setup, run.seed), {})[run.lr] = point
     lrs = tuple(sorted(study.lrs))
 
     def picking(setup: Setup, first: Sequence[float], seek: Seek) -> Replay:
-        def mean(lr: float) -> Point | None:
-            return _mean(lr, [known(Run(group.strategy, setup, lr, seed)) for seed in study.pick])
-
-        return replay(mean, first, lrs, study, seek)
+        return replay([points.get((setup, seed), {}) for seed in study.pick], first, study, seek)
 
     def pick_runs(setup: Setup, rates: Sequence[float]) -> list[Run]:
         runs = [Run(group.strategy, setup, lr, seed) for lr in rates for seed in study.pick]
-        return [run for run in runs if known(run) is None]
+        return [run for run in runs if run not in known]
 
     own, *others = group.setups
     curves = {own: picking(own, lrs, "both")}
@@ -66,21 +69,16 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
     wanted = [run for setup, found in curves.items() for run in pick_runs(setup, found.missing)]
     ready = [own] if not curves[own].missing else []
     if not wanted and others:
-        chosen = chosen_setup({setup: found.curve for setup, found in curves.items()})
-        if chosen is not None and chosen != own:
-            curves[chosen] = picking(chosen, [point.lr for point in curves[chosen].curve], "both")
-            wanted += pick_runs(chosen, curves[chosen].missing)
-            ready += [chosen] if not curves[chosen].missing else []
+        best = chosen({setup: found.curve for setup, found in curves.items()})
+        if best is not None and best != own:
+            curves[best] = picking(best, [point.lr for point in curves[best].curve], "both")
+            wanted += pick_runs(best, curves[best].missing)
+            ready += [best] if not curves[best].missing else []
     for seed in study.seeds:
         for setup in ready:
             first = rates_to_report(curves[setup].curve, study)
-
-            def single(lr: float, setup: Setup = setup, seed: int = seed) -> Point | None:
-                return known(Run(group.strategy, setup, lr, seed))
-
             seek: Seek | None = None if study.report == "best" else "edge"
-            grid = lrs if study.report == "all" else first
-            missing = replay(single, first, grid, study, seek).missing
+            missing = replay([points.get((setup, seed), {})], first, study, seek).missing
             wanted += [Run(group.strategy, setup, lr, seed) for lr in missing]
     return wanted
 
@@ -91,40 +89,32 @@ class Replay(NamedTuple):
     curve: list[Point]
     """Points of the steps that were taken, ascending, judged against the best of them."""
     missing: list[float]
-    """Rates of the next step that are not known; none: the search has ended."""
+    """Rates of the next step that some seed has not trained at; none: the search has ended."""
 
 
 def replay(
-    known: Callable[[float], Point | None],
-    first: Sequence[float],
-    grid: Sequence[float],
-    study: ToleranceConfig,
-    seek: Seek | None,
+    by_seed: Sequence[Mapping[float, Point]], first: Sequence[float], study: ToleranceConfig, seek: Seek | None
 ) -> Replay:
-    """The search from its first rates on.
+    """The search on the mean of seeds, from its first rates on.
 
     Args:
-        grid: see `next_rates`.
+        by_seed: what is known, by seed and rate.
         seek: None: the first rates are all.
     """
+    grid, common = tuple(sorted(study.lrs)), set.intersection(*map(set, by_seed))
+    taken: set[float] = set()
     curve: list[Point] = []
     rates = list(first)
     while rates:
-        points = {lr: known(lr) for lr in rates}
-        missing = [lr for lr, point in points.items() if point is None]
+        missing = [lr for lr in rates if lr not in common]
         if missing:
             return Replay(curve, missing)
-        tried = sorted([*curve, *(point for point in points.values() if point is not None)])
-        curve = judged(tried, study.stability.worse)
-        rates = next_rates(curve, grid, study.search, seek) if seek and len(grid) > 1 else []
+        taken |= set(rates)
+        curve = picked_curve([[points[lr] for lr in sorted(taken)] for points in by_seed], study.stability.worse)
+        rates = next_rates(curve, grid, study.search, seek, whole=False) if seek else []
+        if not rates:
+            rates = sorted(common - taken)
     return Replay(curve, [])
-
-
-def chosen_setup(curves: dict[Setup, list[Point]]) -> Setup | None:
-    """That of the lowest loss, of equals the first; None if nothing is stable."""
-    bests = {setup: best_point(curve) for setup, curve in curves.items()}
-    losses = {setup: best.loss for setup, best in bests.items() if best is not None and best.loss is not None}
-    return min(losses, key=lambda setup: losses[setup], default=None)
 
 
 def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[float]:
@@ -138,13 +128,3 @@ def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[floa
     # Between best and edge no rate is left out: a reach is read off between two, and a failure may hide between them.
     below, last = rates[max(0, rates.index(best.lr) - 1)], edge.unstable or edge.stable
     return [lr for lr in rates if below <= lr <= last]
-
-
-def _mean(lr: float, points: Sequence[Point | None]) -> Point | None:
-    """Of several seeds; stable where all are, None where one is missing."""
-    losses = [point.loss for point in points if point is not None and point.loss is not None]
-    if any(point is None for point in points):
-        return None
-    whole = len(losses) == len(points)
-    stable = whole and all(point is not None and point.stable for point in points)
-    return Point(lr, sum(losses) / len(losses) if whole else None, stable)

@@ -90,7 +90,7 @@ def run_cells(
         asked: set[str] = set()
 
         def submit() -> None:
-            new = [cell for cell in wanted() if cell.folder not in asked]
+            new = list({cell.folder: cell for cell in wanted() if cell.folder not in asked}.values())
             asked.update(cell.folder for cell in new)
             display.add(new)
             for cell in new:
@@ -104,7 +104,8 @@ def run_cells(
             while waiting:
                 done, _ = wait(waiting, timeout=REPORT_EVERY, return_when=FIRST_COMPLETED)
                 display.running(_drain(queue))
-                for future in done:
+                # What has ended well is kept before what has not ends the study.
+                for future in sorted(done, key=lambda future: future.exception() is not None):
                     outcome = future.result()
                     waiting.remove(future)
                     cell = futures.pop(future)

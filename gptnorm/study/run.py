@@ -19,6 +19,7 @@ from gptnorm.recipe import Recipe, load_recipe
 from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig
 from gptnorm.study.facts import describe_study
+from gptnorm.study.join import Part
 from gptnorm.study.ledger import Facts, Ledger
 from gptnorm.study.pool import Outcome, run_cells
 from gptnorm.study.workers import workers_for
@@ -60,6 +61,11 @@ class Kind(Protocol):
     @property
     def words(self) -> tuple[str, ...]:
         """The words after `gptnorm` that ask for it."""
+        ...
+
+    @property
+    def part(self) -> Part:
+        """Which part of it is made here."""
         ...
 
     def read(self, recipe: Recipe, overrides: tuple[str, ...]) -> StudyConfig:
@@ -123,6 +129,7 @@ def run_study(
         def wanted() -> list[Cell]:
             return plan.wanted(ledger.done, facts["unigram_entropy"])
 
+        ledger.complete(not wanted() and kind.part == (1, 1))
         if not wanted():
             return folder
         workers = study.workers or workers_for(plan.samples, device, check_vocab(config, shards))
@@ -132,6 +139,7 @@ def run_study(
                 ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
         finally:
             ledger.spent(time.monotonic() - started)
+        ledger.complete(not wanted() and kind.part == (1, 1))
     return folder
 
 

@@ -45,28 +45,36 @@ class Search:
     """Steps, each of the grid's last factor, that rates may be tried beyond either end of the grid."""
 
 
-def next_rates(tried: Sequence[Point], grid: Sequence[float], search: Search, seek: Seek = "both") -> list[float]:
+def next_rates(
+    tried: Sequence[Point], grid: Sequence[float], search: Search, seek: Seek = "both", *, whole: bool = True
+) -> list[float]:
     """The rates to try now, ascending; none: the search is done, or has reached as far as it may.
 
     Args:
         tried: ascending.
         grid: ascending, of two rates or more.
         seek: "edge": the optimum is known from elsewhere, and rules 2 (downwards) and 3 are left out. "optimum": the
-            edge does not matter, and rules 2 (for the edge's sake) and 4 are left out.
+            edge does not matter, and rules 2 (for the edge's sake) and 4 are left out, but where the edge is next to
+            the best.
+        whole: whether rule 1 holds; else the grid only says how far to go outwards, and how far at once.
     """
     known = [point.lr for point in tried]
     missing = [lr for lr in grid if not _has(known, lr)]
-    if missing:
+    if missing and whole:
         return missing
     best, edge = best_point(tried), edge_of(tried)
     wanted: list[float] = []
     if best is None or edge is None:
-        return [] if seek == "edge" else _beyond(known, grid, search, downwards=True)
+        return _beyond(known, grid, search, downwards=True)
     if best.lr == known[0] and seek != "edge":
         wanted += _beyond(known, grid, search, downwards=True)
     if edge.unstable is None and (seek != "optimum" or best.lr == known[-1]):
         wanted += _beyond(known, grid, search, downwards=False)
-    elif edge.unstable is not None and edge.unstable / edge.stable > search.edge and seek != "optimum":
+    elif (
+        edge.unstable is not None
+        and edge.unstable / edge.stable > search.edge
+        and (seek != "optimum" or edge.stable == best.lr)
+    ):
         wanted.append(_midway(edge.stable, edge.unstable))
     place = known.index(best.lr)
     if 0 < place < len(known) - 1 and seek != "edge":
@@ -75,7 +83,8 @@ def next_rates(tried: Sequence[Point], grid: Sequence[float], search: Search, se
             stable = edge.unstable is None or neighbour < edge.unstable
             if stable and max(best.lr / neighbour, neighbour / best.lr) > search.optimum:
                 wanted.append(_midway(best.lr, neighbour))
-    return sorted(set(wanted))
+    # Rates may stand so close that a rounded one is known already.
+    return sorted({lr for lr in wanted if not _has(known, lr)})
 
 
 def log_grid(low: float, high: float, per_decade: int = 2) -> tuple[float, ...]:
@@ -89,6 +98,8 @@ def _beyond(known: list[float], grid: Sequence[float], search: Search, *, downwa
     end, factor = (grid[0], grid[0] / grid[1]) if downwards else (grid[-1], grid[-1] / grid[-2])
     lr = _rounded(known[0 if downwards else -1] * factor)
     steps = math.log(lr / end) / math.log(factor)
+    if _has(known, lr):
+        return []
     return [lr] if steps < search.reach + 0.5 else []
 
 

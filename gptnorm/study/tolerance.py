@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe
-from gptnorm.records import finite
-from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides
+from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides, as_pairs, hashable
 from gptnorm.study.config import (
     ToleranceConfig,
     combinations,
@@ -30,10 +29,10 @@ from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
 from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
-from gptnorm.study.outcome import Stability, Training
+from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Lines
-from gptnorm.tables import flatten
+from gptnorm.study.search import Search
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,23 @@ class Tolerance:
         grown: dict[str, Any] = {}
         for key in ("strategies", "lrs", "seeds"):
             grown[key] = tuple(dict.fromkeys([*earlier[key], *getattr(study, key)]))
-        for key in ("tune", "map"):
-            axes = {name: list(values) for name, values in before.get(key, {}).items()}
-            for name, values in read_axes(getattr(study, key), f"study.{key}").items():
-                axes[name] = [*axes.get(name, []), *(value for value in values if value not in axes.get(name, []))]
-            grown[key] = axes
-        if study.places:
-            earlier_places = tuple(before.get("places", ()))
-            flat = tuple(flatten(place) for place in study.places)
-            grown["places"] = (*earlier_places, *(place for place in flat if place not in earlier_places))
+        tune = {name: list(values) for name, values in before.get("tune", {}).items()}
+        for name, values in read_axes(study.tune, "study.tune").items():
+            there = [hashable(value) for value in tune.get(name, [])]
+            tune[name] = [*tune.get(name, []), *(value for value in values if value not in there)]
+        grown["tune"] = tune
+        asked = [place for place in read_places(study) if place]
+        places = [as_pairs(place) for place in before.get("places", ())]
+        if asked and places and [key for key, _ in asked[0]] != [key for key, _ in places[0]]:
+            places = []  # the ledger refuses them: another study
+        places += [place for place in asked if place not in places]
+        # Those of the ledger and those asked for, written out: a map of both would have more.
+        grown |= {"map": {}, "places": tuple(dict(place) for place in places)}
+        for key in ("baseline", "epsilon", "report", "search", "stability"):
+            # What neither recipe nor command says now stays as it was said.
+            if key in before and getattr(study, key) == _default(key):
+                table = {"search": Search, "stability": Stability}.get(key)
+                grown[key] = table(**_read(before[key])) if table else before[key]
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
         return replace(study, **grown)
 
@@ -96,6 +103,9 @@ class TolerancePlan:
         self._shared = shared_overrides(overrides, set_by)
         self._cells: dict[Run, Cell] = {}
         self._groups = [self._group(strategy, place) for place in self._places for strategy in study.strategies]
+        self._setups = {
+            (group.strategy, setup.place, setup.variant): setup for group in self._groups for setup in group.setups
+        }
         self.samples = [
             self._cell(Run(group.strategy, setup, min(study.lrs), min(study.pick)))
             for group in self._groups
@@ -113,7 +123,6 @@ class TolerancePlan:
                 "baseline": study.baseline or study.strategies[0],
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
-                "map": {key: list(values) for key, values in read_axes(study.map, "study.map").items()},
                 "places": [dict(place) for place in self._places if place],
                 "search": asdict(study.search),
                 "stability": _written(asdict(study.stability)),
@@ -122,11 +131,14 @@ class TolerancePlan:
 
     def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
         """The cells to run now, those of the part's groups in turn, so that every strategy grows alike."""
-
-        def known(run: Run) -> Point | None:
-            line = done.get(self._cell(run).folder)
-            return None if line is None else point_of(line, self.study.stability, entropy)
-
+        known: dict[Run, Point] = {}
+        for line in done.values():
+            setup = self._setups.get(
+                (str(line["strategy"]), as_pairs(line.get("place")), as_pairs(line.get("variant")))
+            )
+            if setup is not None:
+                point = point_of(line, self.study.stability, entropy)
+                known[Run(str(line["strategy"]), setup, point.lr, int(line["seed"]))] = point
         number, parts = self._part
         runs = [wanted_runs(group, known, self.study) for group in self._groups[number - 1 :: parts]]
         in_turn = itertools.chain.from_iterable(itertools.zip_longest(*runs))
@@ -174,11 +186,13 @@ class TolerancePlan:
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
 
 
-def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
-    """A line of the ledger as a point of a curve."""
-    loss = finite(line.get("val_loss")) if line.get("status") == "finished" else None
-    training = Training(tail=finite(line.get("tail_loss")), lowest=finite(line.get("lowest_loss")), spikes=0)
-    return Point(float(line["lr"]), loss, stability.holds(loss, training, entropy))
+def _default(key: str) -> Any:
+    return next(entry.default for entry in fields(ToleranceConfig) if entry.name == key)
+
+
+def _read(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_written` wrote."""
+    return {key: float(value) if isinstance(value, str) else value for key, value in table.items()}
 
 
 def _written(table: dict[str, Any]) -> dict[str, Any]:

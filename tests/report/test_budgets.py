@@ -101,7 +101,9 @@ def test_tables(tmp_path: Path) -> None:
                     off = 0.0 if lr == 2e-3 else 0.1
                     entry = line(strategy, lr, seed, loss + off, place={"train.steps": budget})
                     lines.append({**entry, "seconds": seconds * budget})
-    folder = make_tolerance(tmp_path, lines, lrs=rates, seeds=[1, 2, 3], asked={"map": {"train.steps": list(BUDGETS)}})
+    folder = make_tolerance(
+        tmp_path, lines, lrs=rates, seeds=[1, 2, 3], asked={"places": [{"train.steps": n} for n in BUDGETS]}
+    )
     text = markdown_tolerance(load_tolerance(folder))
     rows = [entry for entry in text.splitlines() if entry.startswith("| ours |")]
     speed = next(i for i, entry in enumerate(text.splitlines()) if entry.startswith("**Speed-up over base"))

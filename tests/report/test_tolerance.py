@@ -210,7 +210,7 @@ def test_collapse_counts_as_unstable(tmp_path: Path) -> None:
     folder = make_tolerance(tmp_path / "both", lines, lrs=RATES)
     title = "How far the rate can be pushed"
     assert row_of(markdown_tolerance(load_tolerance(folder)), title, "a")[1].startswith("2.26e-2")
-    asked = {"stability": {"rise": "inf", "margin": "-inf"}}
+    asked = {"stability": {"rise": "inf", "margin": "-inf", "worse": "inf"}}
     study = load_tolerance(make_tolerance(tmp_path / "off", lines, lrs=RATES, asked=asked))
     assert row_of(markdown_tolerance(study), title, "a")[1].startswith("≥ 2.56e-1")
     assert stability_note(study) == "Stable: the run finished."
@@ -247,7 +247,7 @@ def tuned_lines(steps: int) -> list[dict[str, Any]]:
 
 def test_what_survives_tuning(tmp_path: Path) -> None:
     lines = [*tuned_lines(100), *tuned_lines(200)]
-    asked = {"tune": {"init.std": ["twin", 0.02]}, "map": {"train.steps": [100, 200]}}
+    asked = {"tune": {"init.std": ["twin", 0.02]}, "places": [{"train.steps": 100}, {"train.steps": 200}]}
     study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked))
     text = markdown_tolerance(study)
     here = ": train.steps = 200"
@@ -279,7 +279,7 @@ def test_many_places_stand_below_each_other(tmp_path: Path) -> None:
             {"base": Bowl(4e-3), "ours": Bowl(4e-3, bottom=1.9)}, RATES[:5], range(3), place={"model.d_model": width}
         )
     ]
-    asked = {"map": {"model.d_model": widths}}
+    asked = {"places": [{"model.d_model": width} for width in widths]}
     text = markdown_tolerance(load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, seeds=[1, 2])))
     row = row_of(text, "Loss minus base's, each at its own best rate", "model.d\\_model = 256")
     assert numbers(row[1]) == pytest.approx([-0.1] * 3, abs=6e-5)

@@ -130,14 +130,14 @@ def test_places(tmp_path: Path) -> None:
         )
     ]
     asked = {
-        "map": {"train.steps": [50, 100], "optim.weight_decay": [0.0, 0.1]},
+        "places": [{"train.steps": n, "optim.weight_decay": decay} for n in (50, 100) for decay in (0.0, 0.1)],
         "tune": {"init.std": ["twin", [0.02, "a"]]},
     }
     raw = write_study_report(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked)).read_text()
     check(raw)
     assert raw.count("<figure>") == 2 + 4 * 2
     seen = text_of(raw)
-    assert "At train.steps = 100, optim.weight_decay = 0.1" in seen
+    assert "At optim.weight_decay = 0.1, train.steps = 100" in seen
     assert "Speed-up over base: how many times fewer steps to its loss: optim.weight_decay = 0.1" in seen
 
 

@@ -15,9 +15,9 @@ from gptnorm.study import run
 from gptnorm.study.asked import as_settings, parse_rates
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.measures import Point
-from gptnorm.study.outcome import Stability
+from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.run import run_study
-from gptnorm.study.tolerance import Tolerance, point_of
+from gptnorm.study.tolerance import Tolerance
 
 STUDY = """
 [study]
@@ -63,7 +63,7 @@ def test_seeds_that_pick_and_seeds_that_are_reported(study, tmp_path):
         assert {0.001, 0.01} <= rates[0]
     assert all(len(row["nonlinearity"]) == 1 and row["nonlinearity"][0] > 0 for row in rows)
     asked = json.loads((folder / "study.json").read_text())["tolerance"]
-    assert (asked["pick"], asked["baseline"], asked["tune"], asked["map"]) == ([0], "prenorm", {}, {})
+    assert (asked["pick"], asked["baseline"], asked["tune"], asked["places"]) == ([0], "prenorm", {}, [])
     before = everything(folder)
     ask(study, folder, "train.eval_batches=20")
     assert everything(folder) == before
@@ -156,6 +156,8 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.tune.init.std=[]"], "study.tune.init.std"),
         (["study.tune.init.std=[0.1,0.1]"], "must not repeat an entry"),
         (["study.tune.init.foo=[1]"], "init.foo: unknown key"),
+        (["study.tune.train.steps=[4,8]"], "is part of the budget"),
+        (["study.tune.model.n_layers=[1,2]"], "is part of the budget"),
         (["study.tune.init.std=[-1.0]"], "init.std"),
         (["study.map.optim.lr=[0.1]"], "study.map.optim.lr"),
         (["study.map.data.path=[1]"], "study.map.data.path"),
@@ -182,15 +184,55 @@ def test_what_is_wrong_is_said_before_anything_is_made(study, tmp_path, settings
     assert not (tmp_path / "out").exists()
 
 
-def test_options_stand_for_settings():
-    found = as_settings(("a=1",), strategies="x, y", lrs="1e-3:1e-1", seeds=2)
+def test_options_stand_for_settings(study):
+    recipe = load_recipe(str(study))
+
+    def asked(*settings, **options):
+        return as_settings(recipe, settings, **{"strategies": None, "lrs": None, "seeds": None, **options})
+
+    found = asked("a=1", strategies="x, y", lrs="1e-3:1e-1", seeds=2)
     assert found == ("a=1", 'study.strategies=["x", "y"]', "study.lrs=[0.001, 0.00316, 0.01, 0.0316, 0.1]",
                      "study.seeds=[1, 2]")  # fmt: skip
-    assert as_settings(("study.pick=[0,2]",), strategies=None, lrs=None, seeds=3)[1:] == ("study.seeds=[1, 3, 4]",)
-    assert as_settings((), strategies=None, lrs=None, seeds=0) == ("study.seeds=[]",)
+    assert asked("study.pick=[0,2]", seeds=3)[1:] == ("study.seeds=[1, 3, 4]",)
+    assert asked(seeds=0) == ("study.seeds=[]",)
+    study.write_text(study.read_text().replace("workers = 1", "workers = 1\npick = [1, 2]"))
+    assert as_settings(load_recipe(str(study)), (), strategies=None, lrs=None, seeds=2) == ("study.seeds=[0, 3]",)
     assert parse_rates("1e-3, 2e-2") == (1e-3, 2e-2)
     with pytest.raises(UserError, match=r"--seeds and study\.seeds say the same"):
-        as_settings(("study.seeds=[1]",), strategies=None, lrs=None, seeds=2)
+        asked("study.seeds=[1]", seeds=2)
+    for wrong in ("study.pick=3", "study=3"):
+        with pytest.raises(UserError, match="study"):
+            asked(wrong, seeds=2)
+
+
+def test_lists_as_values_and_equal_numbers(study, tmp_path):
+    """JSON has no tuples, and 0 is 0.0: a study that goes on must find its own places again."""
+    only = 'study.strategies=["prenorm"]'
+    settings = ("study.map.optim.betas=[[0.9,0.95],[0.9,0.99]]", only)
+    folder = ask(study, tmp_path / "out", *settings)
+    before = everything(folder)
+    ask(study, folder, *settings)
+    assert everything(folder) == before
+    assert len({cell.folder for cell in plan(study, "study.map.optim.warmup=[0,0.0]", only).samples}) == 1
+
+
+def test_from_a_map_to_places_written_out(study, tmp_path):
+    only = 'study.strategies=["prenorm"]'
+    folder = ask(study, tmp_path / "out", "study.map.model.n_layers=[1]", only)
+    ask(study, folder, "study.places=[{model.n_layers=2}]", only)
+    ask(study, folder, 'study.strategies=["ngpt"]', "study.map.model.n_layers=[1]")
+    assert {(row["strategy"], row["place"]["model.n_layers"]) for row in lines(folder)} == {
+        (name, n) for name in ("prenorm", "ngpt") for n in (1, 2)
+    }
+    assert json.loads((folder / "study.json").read_text())["complete"] is True
+
+
+def test_what_was_said_once_stays(study, tmp_path):
+    only = 'study.strategies=["prenorm"]'
+    folder = ask(study, tmp_path / "out", "study.epsilon=0.2", "study.stability.rise=inf", "study.report=near", only)
+    ask(study, folder, "study.seeds=[4]", only)
+    asked = json.loads((folder / "study.json").read_text())["tolerance"]
+    assert (asked["epsilon"], asked["stability"]["rise"], asked["report"]) == (0.2, "inf", "near")
 
 
 @pytest.mark.parametrize("text", ["", ":", "1:", "a", "1:2:3", "3:1", "0:1", "-1", "nan", "inf", "1,,2"])
