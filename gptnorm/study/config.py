@@ -19,6 +19,9 @@ from gptnorm.study.search import Search
 from gptnorm.tables import flatten, merge
 from gptnorm.typed import read_table
 
+Report = Literal["all", "near", "around", "best"]
+"""At which rates reported seeds train."""
+
 Axes = dict[str, tuple[Any, ...]]
 """Dotted settings, each with the values it takes."""
 
@@ -74,9 +77,10 @@ class ToleranceConfig(StudyConfig):
     """Seeds that are reported. None: a screening, by the seeds that pick."""
     pick: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
     """Seeds that pick each strategy's best rate and setting; none of those reported."""
-    report: Literal["all", "near", "best"] = "all"
+    report: Report = "all"
     """Rates that reported seeds train at: every one that the picking seeds tried, those from the best's lower neighbour
-    up to the edge, or the best alone. All but the last also bracket each seed's own edge."""
+    up to the edge, the best with its two neighbours, or the best alone. With the first two each seed's own edge is
+    bracketed, with the third its own optimum; only the first two look for edges at all."""
     baseline: str | None = None
     """The strategy that the others are compared with. Left out: the first."""
     epsilon: PositiveFloat = 0.05

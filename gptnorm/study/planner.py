@@ -4,9 +4,9 @@ For one strategy at one place (`Group`), by *curves* of runs over rates:
 
 1. Picking: the strategy as it comes is searched (`gptnorm.study.search`) on the seeds that pick, a point being their
    mean; each other setting to be tuned likewise, but for its edge. The setting of lowest loss is chosen, and its edge
-   found.
+   found. Edges are found where they are reported: with "all" and "near".
 2. Reporting: the strategy as it comes, and as it was chosen to be, on each reported seed, at the rates that
-   `study.report` names; then each seed's own edge is bracketed.
+   `study.report` names; then each seed's own edge is bracketed, or with "around" its own optimum.
 
 The search is always replayed from its beginning, and a step is taken once all the runs that it rests on have ended. So
 the runs of a study are the same in whatever order they end, and however often it is killed. What else the ledger holds
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gptnorm.study.cell import Setup
-from gptnorm.study.config import ToleranceConfig
+from gptnorm.study.config import Report, ToleranceConfig
 from gptnorm.study.measures import Point, best_point, chosen, edge_of, picked_curve
 from gptnorm.study.search import Seek, next_rates
 
@@ -64,23 +64,27 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
         return [run for run in runs if run not in known]
 
     own, *others = group.setups
-    curves = {own: picking(own, lrs, "both")}
+    whole: Seek = "both" if study.report in ("all", "near") else "optimum"
+    curves = {own: picking(own, lrs, whole)}
     curves |= {setup: picking(setup, lrs, "optimum") for setup in others}
     wanted = [run for setup, found in curves.items() for run in pick_runs(setup, found.missing)]
     ready = [own] if not curves[own].missing else []
     if not wanted and others:
         best = chosen({setup: found.curve for setup, found in curves.items()})
         if best is not None and best != own:
-            curves[best] = picking(best, [point.lr for point in curves[best].curve], "both")
+            curves[best] = picking(best, [point.lr for point in curves[best].curve], whole)
             wanted += pick_runs(best, curves[best].missing)
             ready += [best] if not curves[best].missing else []
     for seed in study.seeds:
         for setup in ready:
             first = rates_to_report(curves[setup].curve, study)
-            seek: Seek | None = None if study.report == "best" else "edge"
-            missing = replay([points.get((setup, seed), {})], first, study, seek).missing
+            missing = replay([points.get((setup, seed), {})], first, study, SEEK[study.report]).missing
             wanted += [Run(group.strategy, setup, lr, seed) for lr in missing]
     return wanted
+
+
+SEEK: dict[Report, Seek | None] = {"all": "edge", "near": "edge", "around": "optimum", "best": None}
+"""What a reported seed goes on to look for from the rates that are reported."""
 
 
 class Replay(NamedTuple):
@@ -125,6 +129,9 @@ def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[floa
         return rates if study.report == "all" else []
     if study.report == "best":
         return [best.lr]
+    place = rates.index(best.lr)
+    if study.report == "around":
+        return rates[max(0, place - 1) : place + 2]
     # Between best and edge no rate is left out: a reach is read off between two, and a failure may hide between them.
-    below, last = rates[max(0, rates.index(best.lr) - 1)], edge.unstable or edge.stable
+    below, last = rates[max(0, place - 1)], edge.unstable or edge.stable
     return [lr for lr in rates if below <= lr <= last]

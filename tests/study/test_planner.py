@@ -55,7 +55,7 @@ def curve(ended, setup, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "best"]), st.sampled_from([(0,), (0, 9)]))
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "best"]), st.sampled_from([(0,), (0, 9)]))
 def test_neither_order_nor_kills_matter(number, report, pick):
     group = Group(strategy="a", setups=(OWN, TUNED, WORSE))
     truth, asked = landscape(), study(report=report, pick=pick)
@@ -93,6 +93,28 @@ def test_reported_seeds_train_where_it_says(report):
         assert edge.unstable / edge.stable <= asked.search.edge * 1.01, "each seed's own edge is bracketed"
         if report == "near":
             assert min(rates) > picked[0].lr, "what is far below the best is left out"
+
+
+def test_around_brackets_each_seed_s_own_optimum_and_no_edge():
+    """Optima that move with the seed by up to a factor three, an edge so far out that no search for optima meets it."""
+
+    def own_optimum(seed):
+        return 6e-3 * 3.0 ** random.Random(seed).uniform(-1, 1)
+
+    def truth(run):
+        return Point(run.lr, 2 + 0.05 * math.log(run.lr / own_optimum(run.seed)) ** 2, run.lr < 5.0)
+
+    asked = study(report="around", seeds=(1, 2, 3, 4))
+    ended = carried_out(Group(strategy="a", setups=(OWN,)), truth, asked)
+    for seed in (0, *asked.seeds):
+        mine = [point.lr for point in curve(ended, OWN, seed)]
+        best = best_point(curve(ended, OWN, seed)).lr
+        below, above = mine[mine.index(best) - 1], mine[mine.index(best) + 1]
+        assert below < own_optimum(seed) < above
+        assert above / below <= asked.search.optimum**2 * 1.01
+        assert max(mine) < 0.1, "nobody looks for an edge"
+    picked = best_point(curve(ended, OWN, 0)).lr
+    assert all(picked in {point.lr for point in curve(ended, OWN, seed)} for seed in asked.seeds)
 
 
 def test_only_the_strategy_as_it_comes_and_the_chosen_setting_are_reported():
@@ -146,7 +168,7 @@ def test_a_setting_that_is_better_everywhere_is_chosen(ln_cliff, gain, number):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "best"]))
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "best"]))
 def test_what_has_grown_is_reported_where_it_is_best(number, report):
     """A study of few rates grows; every seed then stands at the rate that its whole ledger says is best."""
     draw = random.Random(number)
