@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gptnorm.report.budgets import Curve, at_equal_time, speed_up
 from gptnorm.report.estimates import difference_entry, ratio_entry
@@ -52,15 +52,15 @@ def _grid(
     return Grid(title=title, head=("strategy", *(f"at {budget} steps" for budget in budgets)), rows=rows, words=1)
 
 
-def _curves(budgets: Budgets, strategy: str) -> dict[int, Curve]:
+def _curves(budgets: Budgets, strategy: str) -> Mapping[int, Curve]:
     """Loss by budget for each reported seed; without the budgets at which a seed failed."""
-    found: dict[int, dict[int, float]] = {}
+    found: dict[int, dict[float, float]] = {}
     for budget, place in budgets.items():
         track = place.own.get(strategy)
         if track is not None and not track.failed:
             for seed, loss in track.losses.items():
                 found.setdefault(seed, {})[budget] = loss
-    return dict(found)
+    return found
 
 
 def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: int) -> Estimate | None:

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from gptnorm.study.measures import Estimate, geometric_mean, paired_difference
 
-Curve = Mapping[int, float]
+Curve = Mapping[float, float]
 """Loss by budget."""
 
 
@@ -58,8 +58,10 @@ def loss_at(curve: Curve, budget: float) -> float | None:
     return None
 
 
-def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: int) -> Estimate | None:
-    """How many times fewer steps we take to the baseline's loss at `budget`, over the seeds that have both.
+def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float) -> Estimate | None:
+    """How many times less of it (fewer steps, less compute) takes us to the baseline's loss at `budget`.
+
+    Over the seeds that have both.
 
     Args:
         ours, theirs: a curve for each seed.

@@ -65,6 +65,8 @@ class Trial:
     """Mean over blocks."""
     memory: float | None
     """Peak bytes on a GPU."""
+    flops: float | None
+    """Of the whole run; `gptnorm.plan.flops`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class Track:
     cap: float | None
     """ℓ₀."""
     steps: int | None
+    step_tokens: int | None
+    """Tokens of a step."""
 
     @property
     def setting(self) -> str:
@@ -225,6 +229,11 @@ class Track:
         """Median over the runs that came to their end, on whatever machine they ran."""
         seconds = [trial.cell.seconds for trial in self.trials if trial.cell.finished and trial.cell.seconds]
         return statistics.median(seconds) / self.steps if seconds and self.steps else None
+
+    @property
+    def flops(self) -> float | None:
+        """Of a whole run, the same in all of them."""
+        return next((trial.flops for trial in self.trials if trial.flops is not None), None)
 
     @property
     def parameters(self) -> int | None:
@@ -401,7 +410,8 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
 
     def track(strategy: str, place: Pairs, variant: Pairs) -> Track:
         settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
-        steps = finite(settings.get("train.steps"))
+        steps, *batch = (finite(settings.get(f"train.{key}")) for key in ("steps", "batch_size", "seq_len"))
+        step_tokens = None if None in batch else math.prod(number for number in batch if number is not None)
         return Track(
             strategy=strategy,
             place=place,
@@ -414,6 +424,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
             worse=stability.worse,
             cap=_cap(raw),
             steps=None if steps is None else int(steps),
+            step_tokens=None if step_tokens is None else int(step_tokens),
         )
 
     places = dict.fromkeys(place for _, place, _ in trials)
@@ -457,6 +468,7 @@ def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | 
         spikes=spikes,
         nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
         memory=finite(line.get("memory")),
+        flops=finite(line.get("flops")),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gptnorm.report.budget_table import EQUAL_TIME, SPEED_UP
 from gptnorm.report.format import MISSING, loss_text, lr_text, names_text, plural
 from gptnorm.report.grids import Grid
+from gptnorm.report.scaling_table import scaling_words
 from gptnorm.report.tolerance import ToleranceStudy
 
 
@@ -128,4 +129,5 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
         EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "
         "per step; no number where that is outside the budgets.",
+        **scaling_words(),
     }

@@ -7,6 +7,8 @@ from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.format import plural
 from gptnorm.report.grids import Grid, grid_table
 from gptnorm.report.page import Markup, tag
+from gptnorm.report.scaling_plots import best_rate_panels, loss_against_compute
+from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.study_page import provenance_section, settings_section
 from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import notes, seeds_text
@@ -35,6 +37,7 @@ def tolerance_page(study: ToleranceStudy) -> str:
     content = [
         tag("header", [tag("h1", about.title), tag("p", _subtitle(study), class_="subtitle")]),
         tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
+        *_scaling(study),
         *_overview(study),
         *places,
         page.section("What the words mean", [words]),
@@ -75,6 +78,28 @@ def _overview(study: ToleranceStudy) -> list[Markup]:
     over, *more = tables
     parts = [page.section(f"Against {study.baseline}, place by place", [*drawn, _titled(over)])]
     return [*parts, *(_titled(grid) for grid in more)]
+
+
+def _scaling(study: ToleranceStudy) -> list[Markup]:
+    """What places that differ in compute show together."""
+    tables = scaling_grids(study)
+    if not tables:
+        return []
+    compute = loss_against_compute(study)
+    drawn = []
+    if compute:
+        alt = "Validation loss against the compute of a run, a line per strategy; numbers in the table."
+        drawn.append(page.figure(compute, alt, "Lines: the frontier, whiskers the range over seeds. Pale: the rest."))
+    panels = [
+        page.figure(svg, f"Best learning rate of {name} against size or text; numbers in the table.")
+        for name, svg in best_rate_panels(study)
+    ]
+    sections = [page.section("Loss against compute", drawn)] if drawn else []
+    if panels:
+        note = "At the best batch of each. Whiskers: 95 % intervals over the reported seeds. One scale for all."
+        content = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")]
+        sections.append(page.section("Best rate against size and text", content))
+    return [*sections, *(_titled(grid) for grid in tables)]
 
 
 def _place(study: ToleranceStudy, place: Place, number: int) -> list[Markup]:

@@ -10,6 +10,7 @@ from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.estimates import difference_entry, loss_entry, rate_entry, ratio_entry
 from gptnorm.report.format import MISSING, count_text, lr_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
+from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
 from gptnorm.report.tolerance_notes import notes
 from gptnorm.study.measures import Estimate, paired_difference
@@ -23,7 +24,7 @@ WIDE = 4
 
 def grids(study: ToleranceStudy) -> list[Grid]:
     """The tables, those of several places first."""
-    found = [*overview_grids(study), *budget_grids(study)]
+    found = [*overview_grids(study), *budget_grids(study), *scaling_grids(study)]
     for place in study.places:
         found += place_grids(study, place)
     return found

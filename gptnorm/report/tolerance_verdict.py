@@ -9,6 +9,7 @@ from collections import Counter
 
 from gptnorm.report.estimates import difference_text, ratio_text, side
 from gptnorm.report.format import loss_text, lr_text, names_text, plural
+from gptnorm.report.scaling_table import scaling_answer
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
 from gptnorm.report.tolerance_notes import partial_notes, seeds_text
 from gptnorm.study.measures import Estimate
@@ -26,7 +27,7 @@ def answer(study: ToleranceStudy) -> list[str]:
         (place,) = study.places
         found = [*_lowest(study, place), *_tolerance(study, place), *_tuned(study, place), *_ends(place)]
     else:
-        found = [*_lowest_of_many(study), *_against_of_many(study)]
+        found = [*_lowest_of_many(study), *_against_of_many(study), *scaling_answer(study)]
     return [*found, *partial_notes(study)]
 
 

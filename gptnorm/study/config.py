@@ -96,6 +96,11 @@ class ToleranceConfig(StudyConfig):
     stability: Stability = Stability()
     """When a run counts as stable."""
 
+    @property
+    def where(self) -> str:
+        """The key that says where strategies are compared."""
+        return "study.places" if self.places else "study.map"
+
 
 T = TypeVar("T", bound=StudyConfig)
 

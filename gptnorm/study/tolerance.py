@@ -45,7 +45,10 @@ class Tolerance:
 
     def read(self, recipe: Recipe, overrides: tuple[str, ...]) -> ToleranceConfig:
         """The `[study]` table with `study.…` arguments over it; UserError if it is not that of such a study."""
-        study = read_table_of(ToleranceConfig, recipe, overrides)
+        return self.checked(read_table_of(ToleranceConfig, recipe, overrides))
+
+    def checked(self, study: ToleranceConfig) -> ToleranceConfig:
+        """The study; UserError where its parts contradict each other."""
         refuse_other_ladders(study, None)
         both = sorted(set(study.pick) & set(study.seeds))
         if both:
@@ -55,8 +58,7 @@ class Tolerance:
             raise bad_value("study.baseline", study.baseline, f"must be one of {', '.join(study.strategies)}")
         common = read_axes(study.tune, "study.tune").keys() & dict(read_places(study)[0]).keys()
         if common:
-            key = "places" if study.places else "map"
-            raise UserError(f"study.tune.{min(common)}: is in study.{key}, too; it is either tuned or mapped")
+            raise UserError(f"study.tune.{min(common)}: is in {study.where}, too; it is either tuned or mapped")
         return study
 
     def grown(self, study: ToleranceConfig, earlier: Facts) -> ToleranceConfig:
@@ -79,7 +81,7 @@ class Tolerance:
         grown |= {"map": {}, "places": tuple(dict(place) for place in places)}
         for key in ("baseline", "epsilon", "report", "search", "stability"):
             # What neither recipe nor command says now stays as it was said.
-            if key in before and getattr(study, key) == _default(key):
+            if key in before and getattr(study, key) == _default(study, key):
                 table = {"search": Search, "stability": Stability}.get(key)
                 grown[key] = table(**_read(before[key])) if table else before[key]
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
@@ -98,7 +100,7 @@ class TolerancePlan:
         self._part = part
         self._recipe = recipe
         self._tune, self._places = read_axes(study.tune, "study.tune"), read_places(study)
-        placed = dict.fromkeys(dict(self._places[0]), "places" if study.places else "map")
+        placed = dict.fromkeys(dict(self._places[0]), study.where.removeprefix("study."))
         set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **placed}
         self._shared = shared_overrides(overrides, set_by)
         self._cells: dict[Run, Cell] = {}
@@ -176,18 +178,18 @@ class TolerancePlan:
         )
 
     def _follows(self, strategy: str, place: Pairs) -> Pairs:
-        width, key = dict(place).get("model.d_model"), "places" if self.study.places else "map"
+        width, key = dict(place).get("model.d_model"), f"{self.study.where}.model.d_model"
         if width is None:
             return ()
         if not isinstance(width, int) or isinstance(width, bool):
-            raise bad_value(f"study.{key}.model.d_model", width, "must be whole numbers")
+            raise bad_value(key, width, "must be whole numbers")
         model = self._recipe.resolve(self._shared, strategy=strategy).model
-        sizes = sizes_at(width, model, f"study.{key}.model.d_model")
+        sizes = sizes_at(width, model, key)
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
 
 
-def _default(key: str) -> Any:
-    return next(entry.default for entry in fields(ToleranceConfig) if entry.name == key)
+def _default(study: ToleranceConfig, key: str) -> Any:
+    return next(entry.default for entry in fields(study) if entry.name == key)
 
 
 def _read(table: Mapping[str, Any]) -> dict[str, Any]:

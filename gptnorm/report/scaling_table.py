@@ -1,0 +1,206 @@
+"""Tables of a tolerance or scaling study whose places differ in compute: the laws, and each place by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gptnorm.report.estimates import loss_entry, ratio_entry, side
+from gptnorm.report.format import MISSING, lr_text, names_text
+from gptnorm.report.grids import Entry, Grid, Stacked
+from gptnorm.report.scaling import (
+    Law,
+    Spot,
+    batch_law,
+    best_batches,
+    by_text,
+    frontier,
+    loss_law,
+    rate_law,
+    saving,
+    spots_of,
+)
+from gptnorm.report.tolerance import ToleranceStudy
+from gptnorm.study.measures import Estimate, geometric_mean
+
+LOSS_LAW = "Loss against compute: L = a C^-b along the frontier"
+SAVING = "Compute saved: how many times less takes to {}'s loss"
+RATE_LAW = "Best rate against size and text"
+BATCH_LAW = "Best batch against size and text"
+BATCHES = "Best batch, tokens per step"
+PLACES = "Loss at the best rate of each, place by place"
+FACTORS = {"M": "size, M", "D": "text, D", "B": "batch, B"}
+MOST_COLUMNS = 4
+"""Amounts of compute at which a saving is told, the largest ones."""
+
+
+def scaling_grids(study: ToleranceStudy) -> list[Grid]:
+    """The laws first; none where fewer than three places differ in compute."""
+    spots = {name: spots_of(study, name) for name in study.about.strategies}
+    if not is_scaling(spots):
+        return []
+    found = [
+        _loss_law(spots),
+        _saving(study, spots),
+        _laws(RATE_LAW, {name: rate_law(mine) for name, mine in spots.items()}),
+        _laws(BATCH_LAW, {name: batch_law(mine) for name, mine in spots.items()}),
+        _batches(spots),
+        _places(spots),
+    ]
+    return [grid for grid in found if grid is not None]
+
+
+def is_scaling(spots: Mapping[str, Sequence[Spot]]) -> bool:
+    """Whether some strategy's places have three amounts of compute or more."""
+    return any(len({spot.flops for spot in mine}) > 2 for mine in spots.values())
+
+
+def scaling_answer(study: ToleranceStudy) -> list[str]:
+    """What the laws say in sentences."""
+    spots = {name: spots_of(study, name) for name in study.about.strategies}
+    laws = {name: loss_law(mine) for name, mine in spots.items()}
+    told = [f"{name} {_exponent_entry(law.exponents['C'], -1)}" for name, law in laws.items() if law]
+    found = [f"Along the frontier the loss falls as compute to the power -b: {names_text(told)}."] if told else []
+    theirs = frontier(spots[study.baseline])
+    for name in study.others if theirs else ():
+        ratio = saving(spots[name], spots[study.baseline], theirs[-1].flops)
+        if ratio is None or side(ratio, 1.0) is None:
+            continue
+        says = {1: "takes less compute", -1: "takes more compute", 0: "takes as much, as far as can be told"}
+        found.append(
+            f"To {study.baseline}'s loss at its largest compute {name} {says[side(ratio, 1.0) or 0]}: "
+            f"{study.baseline}'s over its own is {ratio_entry(ratio)}."
+        )
+    return found
+
+
+def scaling_words() -> dict[str, str]:
+    """What words of heads and titles mean."""
+    return {
+        LOSS_LAW: "Frontier: each model and text at its best batch, of these the places that no cheaper one matches, "
+        "all picked on the picking seeds. The law has no irreducible loss and says nothing beyond these places.",
+        SAVING.split("{", maxsplit=1)[0]: "Compute saved: the compute of a place over what takes us to the same loss "
+        "along our frontier; between places the loss is a line in ln(compute), beyond them only a bound is known.",
+        "est rate against size": "Best rate, best batch: vertex of the parabola through the lowest loss and its two "
+        "neighbours, against the logarithm, seed by seed; without an interval where reported seeds trained at one rate "
+        "alone, so that it is the picking seeds'.",
+        "exponent of": "Size: FLOPs per token; text: tokens of the run; batch: tokens per step. Exponents: least "
+        "squares on logarithms, seed by seed.",
+        "left over": "Left over: root mean square of what the line leaves of the mean over seeds, relative. The "
+        "interval of an exponent says how far seeds agree, not how straight the line is.",
+        "FLOPs": "FLOPs: of a whole run, forward and backward, matrix products and attention.",
+    }
+
+
+def flops_text(flops: float) -> str:
+    """ "1.03e12"."""
+    return lr_text(float(f"{flops:.3g}"))
+
+
+def spot_text(spot: Spot) -> str:
+    """ "model.d_model = 64, 614,400 tokens"."""
+    return ", ".join([*(f"{key} = {value}" for key, value in spot.model), f"{spot.tokens:,} tokens"])
+
+
+def _loss_law(spots: dict[str, list[Spot]]) -> Grid | None:
+    laws = {name: loss_law(mine) for name, mine in spots.items()}
+    if not any(laws.values()):
+        return None
+    rows = []
+    for name, mine in spots.items():
+        law, found = laws[name], frontier(mine)
+        exponent = _exponent_entry(law.exponents["C"], -1) if law else MISSING
+        ends = f"{flops_text(found[0].flops)} to {flops_text(found[-1].flops)}" if found else MISSING
+        rows.append((name, exponent, _rms(law), str(len(found)), ends))
+    head = ("strategy", "b", "left over, rms", "places on the frontier", "FLOPs from, to")
+    return Grid(title=LOSS_LAW, head=head, rows=tuple(rows), words=1)
+
+
+def _saving(study: ToleranceStudy, spots: dict[str, list[Spot]]) -> Grid | None:
+    theirs = spots.get(study.baseline, [])
+    budgets = [spot.flops for spot in frontier(theirs)][-MOST_COLUMNS:]
+    rows = tuple(
+        (name, *(ratio_entry(saving(spots[name], theirs, flops)) for flops in budgets)) for name in study.others
+    )
+    if all(entry == MISSING for row in rows for entry in row[1:]):
+        return None
+    head = ("strategy", *(f"at {flops_text(flops)} FLOPs" for flops in budgets))
+    return Grid(title=SAVING.format(study.baseline), head=head, rows=rows, words=1)
+
+
+def _laws(title: str, laws: dict[str, Law | None]) -> Grid | None:
+    known = [law for law in laws.values() if law]
+    if not known:
+        return None
+    names = [name for name in FACTORS if any(name in law.exponents for law in known)]
+    rows = []
+    for strategy, law in laws.items():
+        exponents = [_exponent_entry(law.exponents.get(name) if law else None) for name in names]
+        rows.append((strategy, *exponents, _rms(law), str(law.points) if law else MISSING))
+    head = ("strategy", *(f"exponent of {FACTORS[name]}" for name in names), "left over, rms", "places")
+    return Grid(title=title, head=head, rows=tuple(rows), words=1)
+
+
+def _batches(spots: dict[str, list[Spot]]) -> Grid | None:
+    """Rows: models with their text; columns: strategies."""
+    groups = {name: by_text(mine) for name, mine in spots.items()}
+    rows: dict[str, dict[str, Entry]] = {}
+    for name, mine in groups.items():
+        for group in mine.values():
+            if len(group) > 2:
+                rows.setdefault(spot_text(group[0]), {})[name] = _batch(group)
+    if not rows:
+        return None
+    table = tuple((place, *(found.get(name, MISSING) for name in spots)) for place, found in rows.items())
+    return Grid(title=BATCHES, head=("at", *spots), rows=table, words=1)
+
+
+def _batch(group: Sequence[Spot]) -> Entry:
+    found = best_batches(group)
+    if len(found) < len(group[0].track.seeds):
+        best = min(group, key=lambda spot: spot.picked_loss)
+        return f"{best.batch:,} edge" if best.batch in (group[0].batch, group[-1].batch) else f"{best.batch:,}"
+    mean = geometric_mean(list(found.values()))
+    if mean.low is None or mean.high is None:
+        return f"{mean.value:,.0f}"
+    return Stacked(f"{mean.value:,.0f}", f"[{mean.low:,.0f}, {mean.high:,.0f}]")
+
+
+def _places(spots: dict[str, list[Spot]]) -> Grid:
+    """Rows: places, by compute; columns: strategies."""
+    rows: dict[tuple[str, str], dict[str, Entry]] = {}
+    for name, mine in spots.items():
+        for spot in mine:
+            key = f"{spot_text(spot)}, {spot.batch:,} per step"
+            rows.setdefault((key, flops_text(spot.flops)), {})[name] = _loss(spot)
+    table = tuple((*key, *(found.get(name, MISSING) for name in spots)) for key, found in rows.items())
+    return Grid(title=PLACES, head=("at", "FLOPs", *spots), rows=table, words=1)
+
+
+def _loss(spot: Spot) -> Entry:
+    track = spot.track
+    if track.best is None:
+        return "none"
+    at = f"at {lr_text(track.best.lr)}" + (" edge" if track.end else "")
+    if track.failed:
+        return Stacked("unstable", at)
+    found = loss_entry(track.loss)
+    return Stacked(found, at) if isinstance(found, str) else Stacked(found.value, f"{found.below} {at}")
+
+
+def _exponent_entry(found: Estimate | None, sign: int = 1) -> Entry:
+    if found is None:
+        return MISSING
+    value = _signed(sign * found.value)
+    if found.low is None or found.high is None:
+        return value
+    low, high = sorted((sign * found.low, sign * found.high))
+    return Stacked(value, f"[{_signed(low)}, {_signed(high)}]")
+
+
+def _signed(exponent: float) -> str:
+    # Adding zero makes -0.0 the +0.0 that it is.
+    return f"{round(exponent, 3) + 0.0:+.3f}"
+
+
+def _rms(law: Law | None) -> str:
+    return MISSING if law is None else f"{100 * law.rms:.2g} %"
