@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from gptnorm.report.budgets import Curve, at_equal_time, speed_up
-from gptnorm.report.estimates import difference_entry, ratio_entry
+from gptnorm.report.budgets import Curve, around, at_equal_time, speed_up, tried
+from gptnorm.report.estimates import difference_entry, marked, ratio_entry
 from gptnorm.report.format import MISSING
 from gptnorm.report.grids import Entry, Grid
 from gptnorm.report.tolerance import Place, ToleranceStudy
-from gptnorm.study.measures import Estimate
 
 AXIS = "train.steps"
 
 SPEED_UP = "Speed-up over {}: how many times fewer steps to its loss"
 EQUAL_TIME = "Loss minus {}'s after the same time"
 
-Budgets = dict[int, Place]
+Budgets = dict[float, Place]
 """Places that differ in the number of steps alone."""
 
 
@@ -25,9 +24,9 @@ def budget_grids(study: ToleranceStudy) -> list[Grid]:
     found: list[Grid | None] = []
     for name, budgets in _groups(study):
         title = SPEED_UP.format(study.baseline) + (f": {name}" if name else "")
-        found.append(_grid(study, title, budgets, lambda *args: ratio_entry(_speed_up(*args))))
+        found.append(_grid(study, title, budgets, _speed_up))
         title = EQUAL_TIME.format(study.baseline) + (f": {name}" if name else "")
-        found.append(_grid(study, title, budgets, lambda *args: difference_entry(_at_equal_time(*args))))
+        found.append(_grid(study, title, budgets, _at_equal_time))
     return [grid for grid in found if grid is not None]
 
 
@@ -44,7 +43,7 @@ def _groups(study: ToleranceStudy) -> list[tuple[str, Budgets]]:
 
 
 def _grid(
-    study: ToleranceStudy, title: str, budgets: Budgets, entry: Callable[[Budgets, str, str, int], Entry]
+    study: ToleranceStudy, title: str, budgets: Budgets, entry: Callable[[Budgets, str, str, float], Entry]
 ) -> Grid | None:
     rows = tuple((name, *(entry(budgets, name, study.baseline, budget) for budget in budgets)) for name in study.others)
     if all(text == MISSING for row in rows for text in row[1:]):
@@ -63,13 +62,27 @@ def _curves(budgets: Budgets, strategy: str) -> Mapping[int, Curve]:
     return found
 
 
-def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: int) -> Estimate | None:
-    return speed_up(_curves(budgets, ours), _curves(budgets, theirs), budget)
+def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
+    mine, other = _curves(budgets, ours), _curves(budgets, theirs)
+    found = speed_up(mine, other, budget)
+    levels = {seed: curve[budget] for seed, curve in other.items() if seed in mine and budget in curve}
+    used = {at for seed, level in levels.items() for at in tried(mine[seed], level)}
+    return marked(ratio_entry(found), _at_end(budgets, ours, used) or _at_end(budgets, theirs, [budget]))
 
 
-def _at_equal_time(budgets: Budgets, ours: str, theirs: str, budget: int) -> Estimate | None:
+def _at_equal_time(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
     tracks = [budgets[budget].own.get(name) for name in (ours, theirs)]
     seconds = [track.step_seconds if track else None for track in tracks]
     if seconds[0] is None or seconds[1] is None:
-        return None
-    return at_equal_time(_curves(budgets, ours), _curves(budgets, theirs), budget, seconds[0] / seconds[1])
+        return MISSING
+    slowdown = seconds[0] / seconds[1]
+    mine = _curves(budgets, ours)
+    found = at_equal_time(mine, _curves(budgets, theirs), budget, slowdown)
+    used = {at for curve in mine.values() for at in around(curve, budget / slowdown)}
+    return marked(difference_entry(found), _at_end(budgets, ours, used) or _at_end(budgets, theirs, [budget]))
+
+
+def _at_end(budgets: Budgets, strategy: str, used: Iterable[float]) -> bool:
+    """Whether a best rate is the lowest or highest tried at one of these budgets."""
+    tracks = [budgets[budget].own.get(strategy) for budget in used]
+    return any(track is not None and track.end is not None for track in tracks)

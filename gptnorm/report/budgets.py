@@ -47,15 +47,30 @@ def needed(curve: Curve, level: float) -> Needed | None:
     return Needed(points[-1][0], "more than")
 
 
+def tried(curve: Curve, level: float) -> list[float]:
+    """The budgets that `needed` rests on: up to the first whose loss is at most `level`, or all."""
+    budgets = sorted(curve)
+    first = next((index for index, budget in enumerate(budgets) if curve[budget] <= level), len(budgets))
+    return budgets[: first + 1]
+
+
 def loss_at(curve: Curve, budget: float) -> float | None:
     """The loss at a budget; None outside those of the curve."""
-    for known, loss in curve.items():
+    known = around(curve, budget)
+    if not known:
+        return None
+    start, end = known[0], known[-1]
+    if start == end:
+        return curve[start]
+    return curve[start] + (curve[end] - curve[start]) * math.log(budget / start) / math.log(end / start)
+
+
+def around(curve: Curve, budget: float) -> list[float]:
+    """The budgets of the curve that its loss at `budget` rests on: that one, or the two beside it; none outside."""
+    for known in curve:
         if math.isclose(known, budget, rel_tol=1e-9):
-            return loss
-    for (start, a), (end, b) in pairwise(sorted(curve.items())):
-        if start < budget < end:
-            return a + (b - a) * math.log(budget / start) / math.log(end / start)
-    return None
+            return [known]
+    return next(([start, end] for start, end in pairwise(sorted(curve)) if start < budget < end), [])
 
 
 def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float) -> Estimate | None:
@@ -85,7 +100,7 @@ def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: flo
 
 
 def at_equal_time(
-    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: int, slowdown: float
+    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float, slowdown: float
 ) -> Estimate | None:
     """Our loss minus the baseline's at `budget`, we being given the same time, seed by seed.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from gptnorm.report.format import MISSING, loss_text, lr_text
 from gptnorm.report.grids import Entry, Stacked
-from gptnorm.study.measures import Bound, Estimate
+from gptnorm.study.measures import Bound, Estimate, Kept
+
+EDGE = "edge"
+"""Marks a best rate that is the lowest or highest tried, and what is compared at one."""
 
 
 def rate_text(lr: float) -> str:
@@ -50,6 +53,28 @@ def rate_entry(found: Bound | None) -> Entry:
     if found.low is None or found.high is None:
         return value
     return Stacked(value, f"[{rate_text(found.low)}, {rate_text(found.high)}]")
+
+
+def kept_entry(found: Kept | None) -> Entry:
+    """ "1.48e-2 [1.32e-2, 1.66e-2]" with "≥" where the highest rate tried is reached, "∞)" where the interval is open
+    above, "–" for a lower end that is not known; "≤ 1.66e-2" where that is all that is known."""
+    if found is None or (found.value is None and found.high is None):
+        return MISSING
+    high = None if found.high is None else rate_text(found.high)
+    if found.value is None:
+        return f"≤ {high}"
+    value = f"≥ {rate_text(found.value)}" if found.at_least else rate_text(found.value)
+    if found.seeds == 1:
+        return value
+    low = MISSING if found.low is None else rate_text(found.low)
+    return Stacked(value, f"[{low}, ∞)" if high is None else f"[{low}, {high}]")
+
+
+def marked(entry: Entry, at_end: bool) -> Entry:
+    """With the mark behind the number, if there is one."""
+    if not at_end or entry == MISSING:
+        return entry
+    return f"{entry} {EDGE}" if isinstance(entry, str) else Stacked(f"{entry.value} {EDGE}", entry.below)
 
 
 def ratio_entry(found: Estimate | None) -> Entry:

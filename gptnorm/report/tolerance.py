@@ -10,11 +10,13 @@ by the picking, and it says so. The functions named are `gptnorm.study.measures`
 | loss | validation loss at $\eta^*$ |
 | edge | `edge_of`: the largest stable rate and the first unstable one above |
 | near | `reach_of` the loss at $\eta^*$ plus epsilon |
-| beats | `reach_of` the baseline's loss at the baseline's own $\eta^*$ |
 | sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, the loss at the start |
 | gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*$ |
 | spikes | at $\eta^*$ |
 | nonlinearity | mean over blocks, at $\eta^*$; `gptnorm.probe.linearity` |
+
+How far up the baseline's best loss is kept (`Pair.beats`) is no mean of numbers per seed: it is where the mean loss
+crosses, `kept`.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ from gptnorm.study.measures import (
     Bound,
     Edge,
     Estimate,
+    Kept,
     Point,
     best_point,
     chosen,
     edge_of,
     edge_ratio,
     judged,
+    kept,
     mean_of,
     mean_rate,
     paired_difference,
@@ -182,14 +186,11 @@ class Track:
     @property
     def near(self) -> Bound | None:
         """The largest rate within epsilon of the own best; None where a seed failed there."""
-        levels = {seed: loss + self.epsilon for seed, loss in self.losses.items()}
-        return None if self.failed else self.reach(levels)
-
-    def reach(self, levels: Mapping[int, float]) -> Bound | None:
-        """The largest rate that keeps a level of loss, given by seed; None where a seed never does."""
-        found = {seed: reach_of(self.curve(seed), level) for seed, level in levels.items() if seed in self.seeds}
-        reaches = [reach for reach in found.values() if reach is not None]
-        return mean_rate([(r.low, r.high) for r in reaches]) if len(reaches) == len(found) else None
+        if self.failed:
+            return None
+        reaches = [reach_of(self.curve(seed), loss + self.epsilon) for seed, loss in self.losses.items()]
+        # Of a seed that holds at the best rate there is always one.
+        return mean_rate([(reach.low, reach.high) for reach in reaches if reach is not None])
 
     @property
     def sensitivity(self) -> Estimate | None:
@@ -271,9 +272,20 @@ class Pair:
         return edge_ratio(self.ours.edges, self.theirs.edges)
 
     @property
-    def beats(self) -> Bound | None:
-        """Our largest rate at which the loss is still at most theirs at their best rate."""
-        return self.ours.reach(self.theirs.losses)
+    def beats(self) -> Kept | None:
+        """Up to which rate, from our best one, our mean loss is at most theirs at their best rate.
+
+        None where a seed of either failed at the best rate.
+        """
+        if self.ours.failed or self.theirs.failed or self.ours.best is None:
+            return None
+        curves = {seed: self.ours.curve(seed) for seed in self.ours.losses}
+        return kept(curves, self.theirs.losses, self.ours.best.lr)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether a best rate of either is the lowest or highest tried."""
+        return self.ours.end is not None or self.theirs.end is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,16 +91,17 @@ def _best(study: ToleranceStudy) -> str:
 
 
 _SIGNS = {
-    r" edge$": "edge: lowest or highest rate tried, so no optimum; what is compared at it is no result.",
+    r" edge( |$)": "edge: lowest or highest rate tried, so no optimum; beside a loss or a comparison, it stands on a "
+    "best rate like that. What is compared at it is no result.",
     r"^unstable": "unstable (k of n): k of n seeds are not stable at the best rate, so no mean is given: one over the "
     "others would flatter.",
     r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at the best rate so far.",
     r"\[": "[low, high]: 95 % t-interval over seeds, of the mean; of rates and ratios that of the mean logarithm. "
     "Differences and ratios are taken seed by seed. A ratio stands with its interval only.",
-    r"≥": "≥: known from below only, since on some seed no failure or rise was seen; of a ratio, the lower end of its "
-    "interval.",
+    r"≥": "≥: known from below only, since no failure or rise was seen on some seed or of the mean; of a ratio, the "
+    "lower end of its interval.",
     r"≤": "≤: known from above only, the upper end of the interval.",
-    r"^none$": "none: at no rate, or on some seed at none.",
+    r"^none\b": "none: at no rate.",
 }
 """What signs mean, by a pattern of the entries that bear them."""
 
@@ -109,12 +110,17 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
     """What words of heads and titles mean."""
     low, high = (lr_text(lr) for lr in (study.grid[0], study.grid[-1]))
     base, near = study.baseline, f"ithin {study.epsilon:g} nats of own best"
-    both = f"W{near}, and at most {base}'s best loss" if study.others else f"W{near}"
+    beats = f"t most {base}'s best loss"
     return {
         "argest stable rate": "Largest stable rate: going up from the best, midway in the logarithm between the last "
         "stable rate tried and the first unstable one, seed by seed, geometric mean. The interval also holds how "
         "closely it is known.",
-        near: f"{both}: the largest rate up to which the loss stays so, interpolated in ln(rate), seed by seed.",
+        near: f"W{near}: the largest rate up to which the loss stays so, interpolated in ln(rate), seed by seed.",
+        beats: f"A{beats}: going up from the own best rate, that up to which the mean over seeds of the loss minus "
+        f"{base}'s at its own best stays at or below 0, interpolated in ln(rate); a rate that is unstable on some seed "
+        "ends it. Its interval runs from where the upper limit of that mean's 95 % interval leaves 0 (–: at the own "
+        "best already) to where the lower limit does (∞: nowhere up to the highest rate tried). ≤: the mean is above 0 "
+        "at the own best already, but the lower limit is not. none: that is, too, or there is one seed.",
         "LR sensitivity": f"LR sensitivity: mean excess over the own lowest loss, over ln(rate) from {low} to {high}, "
         "in nats; a loss counts for at most that of a model that knows nothing. Of the picking seeds if the others did "
         "not train over all of the grid.",

@@ -115,6 +115,8 @@ def _place(study: ToleranceStudy, place: Place, number: int) -> list[Markup]:
         caption = (
             "Whisker: 95 % interval of the largest stable rate, cut at the axis. Arrow: at least. Lowest loss first."
         )
+        if study.others:
+            caption += f" No triangle: at its own best rate the mean loss is not known to reach {study.baseline}'s."
         sections.append(page.section("From the best rate to the largest stable one", [page.figure(bars, alt, caption)]))
     sections += [_titled(grid) for grid in place_grids(study, place)]
     lines = sum(len(track.picked) for at_place in study.places for track in at_place.own.values())

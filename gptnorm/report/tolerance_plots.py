@@ -38,7 +38,7 @@ from gptnorm.report.loss_axes import (
 )
 from gptnorm.report.plots import RateCurve, rate_panels
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
-from gptnorm.study.measures import Estimate
+from gptnorm.study.measures import Estimate, Kept
 
 _WIDTH = 4.8
 _PANEL = 3.7
@@ -187,7 +187,7 @@ def tolerance_bars(study: ToleranceStudy, place: Place, prefix: str) -> str | No
     pairs = place.pairs(tuned=False)
     beats = {name: pair.beats for name, pair in pairs.items()}
     rates = [lr for track in tracks for lr in (track.best.lr if track.best else None, _value(track.edge)) if lr]
-    rates += [found.value for found in (*(track.near for track in tracks), *beats.values()) if found]
+    rates += [lr for lr in map(_value, (*(track.near for track in tracks), *beats.values())) if lr]
     low, high = min(rates) / 1.8, max(rates) * 2.2
     with style():
         keys = _bar_keys(study)
@@ -200,8 +200,8 @@ def tolerance_bars(study: ToleranceStudy, place: Place, prefix: str) -> str | No
             _draw_bar(axes, row, track, look(study.about.strategies.index(name)), (low, high))
             if (near := track.near) is not None:
                 axes.plot([near.value], [row], marker="|", color=INK, markersize=13, markeredgewidth=2.2)
-            if (reach := beats.get(name)) is not None:
-                axes.plot([reach.value], [row], marker="v", color=INK, markerfacecolor="white", markeredgewidth=1.4)
+            if (reach := _value(beats.get(name))) is not None:
+                axes.plot([reach], [row], marker="v", color=INK, markerfacecolor="white", markeredgewidth=1.4)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.45, -0.55)
         axes.grid(visible=False, axis="y")
@@ -338,7 +338,7 @@ def training_panels(study: ToleranceStudy, place: Place, prefix: str, points: in
     return rate_panels(panels, sorted(lrs), prefix, points)
 
 
-def _value(found: Estimate | None) -> float | None:
+def _value(found: Estimate | Kept | None) -> float | None:
     return None if found is None else found.value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
-from gptnorm.report.estimates import difference_entry, loss_entry, rate_entry, ratio_entry
+from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
 from gptnorm.report.format import MISSING, count_text, lr_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
@@ -15,7 +15,6 @@ from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
 from gptnorm.report.tolerance_notes import notes
 from gptnorm.study.measures import Estimate, paired_difference
 
-EDGE = "edge"
 BASELINE = "baseline"
 NONE = "none"
 WIDE = 4
@@ -118,7 +117,9 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     for name in names:
         before, after = own.get(name), tuned.get(name)
         setting = after.setting if after and after.best else MISSING
-        gains.append((name, setting, _loss(before), _loss(after), difference_entry(_gain(before, after))))
+        gain = marked(difference_entry(_gain(before, after)), _at_end(before) or _at_end(after))
+        losses = [marked(_loss(track), _at_end(track)) for track in (before, after)]
+        gains.append((name, setting, *losses, gain))
     head = ("strategy", "chosen setting", "loss as it comes", "loss tuned", "tuned minus as it comes")
     found = [Grid(title=_title(f"Tuned: {what}", place), head=head, rows=tuple(gains), words=2)]
     if study.others:
@@ -195,24 +196,27 @@ def _best(track: Track | None) -> str:
         return MISSING
     if track.best is None:
         return NONE
-    return f"{lr_text(track.best.lr)} {EDGE}" if track.end else lr_text(track.best.lr)
+    return str(marked(lr_text(track.best.lr), _at_end(track)))
 
 
 def _difference(pair: Pair | None) -> Entry:
-    return difference_entry(pair.difference if pair else None)
+    return MISSING if pair is None else marked(difference_entry(pair.difference), pair.at_end)
 
 
 def _edge_ratio(pair: Pair | None) -> Entry:
-    return ratio_entry(pair.edge_ratio if pair else None)
+    return MISSING if pair is None else marked(ratio_entry(pair.edge_ratio), pair.at_end)
 
 
 def _beats(pair: Pair | None) -> Entry:
     if pair is None:
         return MISSING
     found = pair.beats
-    if found is None and pair.theirs.losses and pair.theirs.losses.keys() <= pair.ours.losses.keys():
-        return NONE
-    return rate_entry(found)
+    return marked(NONE if found is not None and found.nowhere else kept_entry(found), pair.at_end)
+
+
+def _at_end(track: Track | None) -> bool:
+    """Whether the best rate is no optimum."""
+    return track is not None and track.end is not None
 
 
 def _gain(before: Track | None, after: Track | None) -> Estimate | None:

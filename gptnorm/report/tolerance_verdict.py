@@ -59,7 +59,7 @@ def caveats(study: ToleranceStudy) -> list[str]:
             "The strategy of the lowest loss was found on the seeds that its lead is measured on, which flatters the "
             "lead: of several that are equal the lucky one is named, and its interval excludes 0 too often."
         )
-    if any(track.end for place in study.places for track in place.own.values()):
+    if any(track.end for place in study.places for track in (*place.own.values(), *place.tuned.values())):
         found.append("Where the best is the lowest or highest rate tried, it is no optimum, and no comparison is fair.")
     found.append(
         f"A best rate is known to about a factor {study.search.optimum:g}, an edge to a factor {study.search.edge:g}. "

@@ -8,6 +8,7 @@ A *curve* is one strategy with one seed, its points in ascending order of the ra
 | best | the stable point of lowest loss, ℓ* at η* | |
 | edge | going up from the best, the last rate before the first unstable one, η_max | simplegpt.md §6 |
 | reach | going up from the best, the rate up to which ℓ(η) ≤ a level | ours |
+| kept | going up from a rate, that up to which the mean over seeds of ℓ_s(η) - level_s is ≤ 0 | ours |
 | sensitivity | $\frac{1}{\ln(b/a)} \int_a^b \min(\ell(\eta), \ell_0) - \ell^*\; d\ln\eta$ | arXiv 2309.14322 |
 
 Between two points the loss is a straight line in ln η. Lower rates may be unstable, too: a run that is too slow to
@@ -18,8 +19,9 @@ stability above the edge does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from gptnorm.statistics import sample_sd, t_quantile
@@ -62,6 +64,50 @@ class Reach:
     def middle(self) -> float | None:
         """The reach itself; None where it was not reached."""
         return None if self.high is None else math.sqrt(self.low * self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Up to which rate a mean over seeds stays at or below 0.
+
+    Its interval inverts the 95 % t-interval of the mean at every rate: from where the upper limit leaves 0 to where the
+    lower one does.
+    """
+
+    mean: Reach | None
+    """Of the mean; None: it is above 0 at the first rate."""
+    upper: Reach | None
+    """Of the upper limit, which ends first; None: it is above 0 at the first rate, or there is one seed."""
+    lower: Reach | None
+    """Of the lower limit, which ends last; None: it is above 0 at the first rate, or there is one seed."""
+    seeds: int
+
+    @property
+    def value(self) -> float | None:
+        """Up to which rate the mean stays, or the highest rate tried; None: at none."""
+        if self.mean is None:
+            return None
+        return self.mean.low if self.mean.middle is None else self.mean.middle
+
+    @property
+    def at_least(self) -> bool:
+        """Whether the mean stays up to the highest rate tried."""
+        return self.mean is not None and self.mean.high is None
+
+    @property
+    def low(self) -> float | None:
+        """The interval's lower end; None: the first rate itself is in doubt, or there is one seed."""
+        return None if self.upper is None else self.upper.low
+
+    @property
+    def high(self) -> float | None:
+        """The interval's upper end; None: it is open, or there is one seed, or `nowhere`."""
+        return None if self.lower is None else self.lower.high
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether it is above 0 at the first rate, beyond doubt if there are several seeds."""
+        return self.mean is None and self.lower is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +168,75 @@ def reach_of(curve: Sequence[Point], level: float) -> Reach | None:
     between the last rate before it and its own.
     """
     best = best_point(curve)
-    if best is None or best.loss is None or best.loss > level:
+    if best is None:
         return None
-    last = best
+    line, end = [], None
     for point in curve:
-        if point.lr <= best.lr:
+        if point.lr < best.lr:
             continue
         if not point.stable or point.loss is None:
-            return Reach(low=last.lr, high=point.lr)
-        if point.loss > level:
-            assert last.loss is not None
-            share = (level - last.loss) / (point.loss - last.loss)
-            crossing = last.lr * (point.lr / last.lr) ** share
+            end = point.lr
+            break
+        line.append((point.lr, point.loss))
+    return _reach(line, level, end)
+
+
+def _reach(line: Sequence[tuple[float, float]], level: float, end: float | None) -> Reach | None:
+    """How far up a line of (rate, value) stays at or below `level`; None if its first point lies above.
+
+    Args:
+        end: the unstable rate at which it breaks off; None: it goes up to the highest rate tried.
+    """
+    if line[0][1] > level:
+        return None
+    for (lr0, y0), (lr1, y1) in pairwise(line):
+        if y1 > level:
+            crossing = lr0 * (lr1 / lr0) ** ((level - y0) / (y1 - y0))
             return Reach(low=crossing, high=crossing)
-        last = point
-    return Reach(low=last.lr, high=None)
+    return Reach(low=line[-1][0], high=end)
+
+
+def kept(curves: Mapping[int, Sequence[Point]], levels: Mapping[int, float], start: float) -> Kept | None:
+    """Up to which rate from `start` the mean over seeds of d_s(η) = ℓ_s(η) - level_s stays at or below 0.
+
+    Over the seeds with a curve and a level, at the rates that all of them have; a rate at which any of them is unstable
+    ends it. Between two rates the mean, and each limit of its t-interval, is a straight line in ln η.
+
+    Returns:
+        None where no seed has both, or not all of them are stable at `start`.
+    """
+    seeds = sorted(curves.keys() & levels.keys())
+    means, end = _excess([curves[seed] for seed in seeds], [levels[seed] for seed in seeds], start)
+    if not means or means[0][0] != start:
+        return None
+
+    def reach(limit: Callable[[Estimate], float | None]) -> Reach | None:
+        line = [(lr, y) for lr, mean in means if (y := limit(mean)) is not None]
+        return _reach(line, 0.0, end) if line else None
+
+    return Kept(
+        mean=reach(lambda mean: mean.value),
+        upper=reach(lambda mean: mean.high),
+        lower=reach(lambda mean: mean.low),
+        seeds=len(seeds),
+    )
+
+
+def _excess(
+    curves: Sequence[Sequence[Point]], levels: Sequence[float], start: float
+) -> tuple[list[tuple[float, Estimate]], float | None]:
+    """The mean of how far the curves lie above their levels, at each rate from `start` that all have, and the first
+    rate at which one is unstable; there the means end."""
+    found: list[tuple[float, Estimate]] = []
+    pairs = [(point, level) for curve, level in zip(curves, levels, strict=True) for point in curve]
+    for lr in sorted({point.lr for point, _ in pairs if point.lr >= start}):
+        points = [(point, level) for point, level in pairs if point.lr == lr]
+        above = [point.loss - level for point, level in points if point.stable and point.loss is not None]
+        if len(above) < len(points):
+            return found, lr
+        if len(above) == len(curves):
+            found.append((lr, mean_of(above)))
+    return found, None
 
 
 def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> float | None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tolerance_folders import line, make_tolerance
 
 from gptnorm.report import load_tolerance, markdown_tolerance
-from gptnorm.report.budgets import at_equal_time, loss_at, needed, speed_up
+from gptnorm.report.budget_table import budget_grids
+from gptnorm.report.budgets import around, at_equal_time, loss_at, needed, speed_up, tried
 
 BUDGETS = (100, 200, 400, 800)
 
@@ -75,6 +76,7 @@ def test_needed_is_the_first_budget_that_gets_there() -> None:
     assert needed(bumpy, 3.0) == (100, None)
     assert needed(bumpy, 3.1) == (100, "at most")
     assert needed(bumpy, 1.0) == (800, "more than")
+    assert [tried(bumpy, level) for level in (3.0, 2.2, 1.6, 1.0)] == [[100], [100, 200], [*BUDGETS], [*BUDGETS]]
 
 
 def test_loss_after_the_same_time() -> None:
@@ -83,6 +85,7 @@ def test_loss_after_the_same_time() -> None:
     assert loss_at(curve, 100) == curve[100]
     assert loss_at(curve, 99) is None
     assert loss_at(curve, 801) is None
+    assert [around(curve, at) for at in (99, 100, 300, 801)] == [[], [100], [200, 400], []]
     # A quarter slower: 400 of their steps take as long as 320 of ours.
     found = at_equal_time({1: line_in_log(2.9, 0.2)}, {1: curve}, 400, 1.25)
     assert found is not None
@@ -115,3 +118,32 @@ def test_tables(tmp_path: Path) -> None:
     assert f"| ours | – | {expected} | {expected} | {expected} |" in rows
     assert "Speed-up at T steps" in text
     assert "After the same time" in text
+
+
+@pytest.mark.parametrize(
+    ("who", "budget", "speed", "time"),
+    [
+        # Ours reaches their loss at T with T / 2, and has T / 1.25 in the same time, between T / 2 and T.
+        ("base", 400, "400", "400"),
+        ("ours", 100, "100 200 400 800", "200"),
+        ("ours", 400, "800", "400 800"),
+        ("ours", 800, "", "800"),
+    ],
+)
+def test_a_best_rate_at_an_end_is_marked(tmp_path: Path, who: str, budget: int, speed: str, time: str) -> None:
+    """In what rests on it: at that budget the lowest of three rates is the best of one strategy."""
+    rates, lines = (1e-3, 2e-3, 4e-3), []
+    for strategy, faster, seconds in (("base", 1.0, 1.0), ("ours", 2.0, 1.25)):
+        for steps, loss in line_in_log(2.9, 0.1, faster).items():
+            best = 1e-3 if (strategy, steps) == (who, budget) else 2e-3
+            for lr in rates:
+                for seed in range(4):
+                    entry = line(strategy, lr, seed, loss + 0.1 * (lr != best), place={"train.steps": steps})
+                    lines.append({**entry, "seconds": seconds * steps})
+    asked = {"places": [{"train.steps": n} for n in BUDGETS]}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=rates, seeds=[1, 2, 3], asked=asked))
+    for grid, expected in zip(budget_grids(study), (speed, time), strict=True):
+        (row,) = grid.rows
+        marks = [str(steps) for steps, entry in zip(BUDGETS, row[1:], strict=True) if " edge" in str(entry)]
+        assert marks == expected.split(), grid.title
+    assert "edge: lowest or highest rate tried" in markdown_tolerance(study)

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from rich.console import Console
 from tolerance_folders import ENTROPY, VOCAB, Bowl, line, lines_of, make_tolerance
 
 from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
+from gptnorm.report.estimates import rate_text
+from gptnorm.report.html import write_study_report
 from gptnorm.report.tolerance_notes import notes, stability_note
+from gptnorm.report.tolerance_plots import tolerance_bars
 from gptnorm.report.tolerance_table import grids
 from gptnorm.report.tolerance_verdict import answer, caveats
 
@@ -108,8 +112,50 @@ def test_reach(known: str) -> None:
     _, _, _, near, beats = row_of(known, "How far the rate can be pushed", "ours")
     assert numbers(near) == pytest.approx([RATES[4] * 2 ** (0.05 / SLOPE)] * 3, rel=5e-3)
     leads = [(2.0 + SHIFTS[seed] - 1.85 + 2 * SHIFTS[seed]) / SLOPE for seed in SEEDS]
+    # Lines of one slope: that the mean crosses, and each limit, is the mean and the limits of where the seeds cross.
     expected = [RATES[4] * 2**octaves for octaves in interval(leads)]
     assert numbers(beats) == pytest.approx(expected, rel=5e-3)
+    assert row_of(known, "How far the rate can be pushed", "base")[4] == "–"
+
+
+def beats_of(tmp_path: Path, lead: float, seeds: tuple[int, ...] = SEEDS, edge: float = math.inf) -> str:
+    """The entry of a strategy that is `lead` below the baseline over a bowl at the same rate, give or take SHIFTS."""
+    ours = [
+        line("ours", lr, seed, 2.0 - lead + SHIFTS[seed] + SLOPE * abs(k - 3) if lr < edge else None)
+        for k, lr in enumerate(RATES)
+        for seed in SHIFTS
+    ]
+    lines = [*lines_of({"base": Bowl(8e-3, edge=2e-1)}, RATES, SHIFTS), *ours]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=seeds))
+    assert tolerance_bars(study, study.places[0], "p")
+    return row_of(markdown_tolerance(study), "How far the rate can be pushed", "ours")[4]
+
+
+def test_at_most_the_baselines_best_loss_in_every_case(tmp_path: Path) -> None:
+    """The seeds' shifts have the mean 0.0008 and a half-interval of 0.0113."""
+    mean, _, high = interval([SHIFTS[seed] for seed in SEEDS])
+    half = high - mean
+
+    def rate(nats: float) -> str:
+        return rate_text(RATES[3] * 2 ** (nats / SLOPE))
+
+    assert beats_of(tmp_path, mean + half / 2) == rf"{rate(half / 2)} \[–, {rate(1.5 * half)}]"
+    assert beats_of(tmp_path, mean + 2 * half) == rf"{rate(2 * half)} \[{rate(half)}, {rate(3 * half)}]"
+    assert beats_of(tmp_path, mean - half / 2) == f"≤ {rate(half / 2)}"
+    assert beats_of(tmp_path, mean - 2 * half) == "none"
+    assert beats_of(tmp_path, 0.5 + mean + half / 2) == rf"≥ 2.56e-1 \[{rate(0.5 - half / 2)}, ∞)"
+    assert beats_of(tmp_path, 0.5 + mean - half / 2) == rf"{rate(0.5 - half / 2)} \[{rate(0.5 - 1.5 * half)}, ∞)"
+    assert beats_of(tmp_path, 0.5 + mean, edge=5e-2) == r"4.53e-2 \[3.2e-2, 6.4e-2]"
+    assert beats_of(tmp_path, 0.1, seeds=(3,)) == rate(0.1 - SHIFTS[3])
+    assert beats_of(tmp_path, 0.0, seeds=(3,)) == "none"
+
+
+def test_an_equal_strategy_is_not_called_worse(tmp_path: Path) -> None:
+    """On the first seed it lies above, on others below; the note says what each sign means."""
+    entry = beats_of(tmp_path, 0.002)
+    assert numbers(entry)[0] > RATES[3]
+    written = markdown_tolerance(load_tolerance(tmp_path))
+    assert "At most base's best loss: going up from the own best rate" in written
 
 
 def test_sensitivity(known: str) -> None:
@@ -180,7 +226,7 @@ def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
     assert row_of(text, "Loss, each at its own best rate", "low")[2] == "1e-3 edge"
     _, edge, ratio, near, _ = row_of(text, "How far the rate can be pushed", "wide")
     assert edge == near == r"≥ 2.56e-1 \[2.56e-1, ∞)"
-    assert ratio == "≥ 8.00"  # over 3.2e-2, the first rate that is not stable for base
+    assert ratio == "≥ 8.00 edge"  # over 3.2e-2, the first rate that is not stable for base
     assert "edge: lowest or highest" in text
     told = " ".join(answer(study))
     assert "For wide the best is the highest rate tried" in told
@@ -268,6 +314,57 @@ def test_what_survives_tuning(tmp_path: Path) -> None:
     assert text.startswith(f"**{title}**\n\n| strategy | train.steps = 100 | train.steps = 200 |")
     assert answer(study)[0].endswith("ours at 2 of 2 places.")
     assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
+
+
+def test_an_end_is_marked_wherever_something_stands_on_it(tmp_path: Path) -> None:
+    """At the first place theirs is an end, at the second ours tuned, at the third neither."""
+    inner, lowest, highest = Bowl(8e-3, edge=2e-1), Bowl(1e-5, curve=0.01, edge=2e-1), Bowl(1.0, curve=0.01)
+    at = [(lowest, inner, inner), (inner, inner, highest), (inner, inner, inner)]
+    places = [{"model.d_model": 16}, {"model.d_model": 32}, {"model.d_model": 64}]
+    lines = [
+        entry
+        for place, (base, ours, tuned) in zip(places, at, strict=True)
+        for entry in (
+            *lines_of({"base": base, "ours": ours}, RATES, range(4), place=place),
+            *lines_of({"ours": replace(tuned, bottom=1.5)}, RATES, range(4), place=place, variant={"init.std": 0.02}),
+        )
+    ]
+    asked = {"places": places, "tune": {"init.std": ["twin", 0.02]}}
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked)
+    study = load_tolerance(folder)
+    text = markdown_tolerance(study)
+
+    def marks(title: str, name: str) -> list[bool]:
+        return [bool(re.search(r" edge( |$)", entry)) for entry in row_of(text, title, name)[1:]]
+
+    first, second, third = (f"model.d_model = {n}" for n in (16, 32, 64))
+    assert marks("Loss minus base's, each at its own best rate", "ours") == [True, False, False]
+    assert marks("Largest stable rate over base's", "ours") == [True, False, False]
+    escaped = [place.replace("_", r"\_") for place in (first, second, third)]
+    loss, stable = "Loss, each at its own best rate: ", "How far the rate can be pushed: "
+    assert marks(f"{loss}{escaped[0]}", "base") == [False, True, False, False]
+    assert marks(f"{loss}{escaped[0]}", "ours") == [False, False, True, False]
+    assert marks(f"{stable}{escaped[0]}", "ours") == [False, True, False, True]
+    assert marks(f"{stable}{escaped[1]}", "ours") == [False, False, False, False]
+    tuned, against = "Tuned: init.std: ", "Against base, as they come and with init.std tuned for both: "
+    assert marks(f"{tuned}{escaped[0]}", "base")[1:] == [True, True, False], "it has no gain, its own setting is chosen"
+    assert marks(f"{tuned}{escaped[0]}", "ours")[1:] == [False, False, False]
+    assert marks(f"{tuned}{escaped[1]}", "ours")[1:] == [False, True, True]
+    assert marks(f"{against}{escaped[0]}", "ours") == [True, True, True, True]
+    assert marks(f"{against}{escaped[1]}", "ours") == [False, True, False, True]
+    assert marks(f"{against}{escaped[2]}", "ours") == [False, False, False, False]
+    assert row_of(text, "Loss minus base's, each at its own best rate", "ours")[1].split(" edge ")[1].startswith(r"\[")
+    assert text.count("edge: lowest or highest rate tried") == 1
+    console = Console(file=io.StringIO(), width=250)
+    console.print(rich_tolerance(study))
+    page = re.sub(r"<[^>]*>", "", write_study_report(folder).read_text(encoding="utf-8"))
+    for grid in grids(study):
+        for row in grid.rows:
+            for entry in row[1:]:
+                if " edge" in str(entry):
+                    assert str(entry) in page
+                    assert str(entry).split(" [")[0] in console.file.getvalue()
+    assert any("is the lowest or highest rate tried" in note for note in caveats(study))
 
 
 def test_many_places_stand_below_each_other(tmp_path: Path) -> None:

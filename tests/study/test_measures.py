@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptnorm.study.measures import (
@@ -19,6 +19,7 @@ from gptnorm.study.measures import (
     edge_ratio,
     geometric_mean,
     judged,
+    kept,
     mean_rate,
     reach_of,
     sensitivity,
@@ -65,6 +66,112 @@ def test_reach_where_the_crossing_is_known():
     assert cut == Reach(low=pytest.approx(10**-2.75), high=pytest.approx(10**-2.5)), "somewhere between the two"
 
 
+OFF = (-0.03, 0.01, 0.02, 0.05, -0.05)
+"""Of five seeds, with the mean 0."""
+HALF = 2.7764 * np.std(OFF, ddof=1) / math.sqrt(5)
+"""Half of the 95 % t-interval of their mean."""
+LEVELS = dict.fromkeys(range(5), 2.0)
+
+
+def lines_above(lead, slope=0.1, edges=(math.inf,) * 5):
+    """d_s = off_s - lead + slope ln(η/1e-3): straight in ln η, so what is interpolated is exact."""
+    return {
+        seed: curve_of(lambda lr, off=off: 2.0 + off - lead + slope * math.log(lr / 1e-3), edge=edges[seed])
+        for seed, off in enumerate(OFF)
+    }
+
+
+def test_kept_where_the_crossings_are_known():
+    """The mean crosses 0 at 1e-3 e^(lead / slope), its limits a half-interval before and after."""
+    found = kept(lines_above(0.2), LEVELS, RATES[4])
+    crossings = [1e-3 * math.exp(y / 0.1) for y in (0.2, 0.2 - HALF, 0.2 + HALF)]
+    assert [found.value, found.low, found.high] == pytest.approx(crossings, rel=1e-3)
+    assert (found.seeds, found.at_least, found.nowhere) == (5, False, False)
+    assert HALF > 0.04, "some seeds alone lie above 0 long before the mean"
+    raised = {seed: [p._replace(loss=p.loss + seed) for p in curve] for seed, curve in lines_above(0.2).items()}
+    again = kept(raised, {seed: level + seed for seed, level in LEVELS.items()}, RATES[4])
+    assert again.low == pytest.approx(found.low), "paired by seed"
+
+
+def test_kept_says_what_is_in_doubt_at_the_first_rate():
+    doubt = kept(lines_above(HALF / 2), LEVELS, RATES[4])
+    assert doubt.value == pytest.approx(1e-3 * math.exp(HALF / 2 / 0.1), rel=1e-3)
+    assert (doubt.low, doubt.nowhere) == (None, False)
+    assert doubt.high == pytest.approx(1e-3 * math.exp(1.5 * HALF / 0.1), rel=1e-3)
+    above = kept(lines_above(-HALF / 2), LEVELS, RATES[4])
+    assert (above.value, above.low, above.nowhere, above.at_least) == (None, None, False, False)
+    assert above.high == pytest.approx(1e-3 * math.exp(HALF / 2 / 0.1), rel=1e-3)
+    never = kept(lines_above(-1.1 * HALF), LEVELS, RATES[4])
+    assert (never.value, never.low, never.high, never.nowhere) == (None, None, None, True)
+
+
+def test_kept_up_to_the_highest_rate_tried():
+    """ln(RATES[-1] / 1e-3) / 10 = 0.46 is how far the lines rise."""
+    rise = 0.1 * math.log(RATES[-1] / 1e-3)
+    whole = kept(lines_above(rise + 2 * HALF), LEVELS, RATES[4])
+    assert (whole.value, whole.low, whole.high, whole.at_least) == (RATES[-1], RATES[-1], None, True)
+    mean = kept(lines_above(rise + HALF / 2), LEVELS, RATES[4])
+    assert (mean.value, mean.high, mean.at_least) == (RATES[-1], None, True)
+    assert mean.low == pytest.approx(RATES[-1] * math.exp(-HALF / 2 / 0.1), rel=1e-3)
+    limit = kept(lines_above(rise - HALF / 2), LEVELS, RATES[4])
+    assert (limit.high, limit.at_least) == (None, False)
+    assert limit.value == pytest.approx(RATES[-1] * math.exp(-HALF / 2 / 0.1), rel=1e-3)
+    nothing = kept(lines_above(-HALF / 2, slope=0.0), LEVELS, RATES[4])
+    assert (nothing.value, nothing.low, nothing.high, nothing.nowhere) == (None, None, None, False)
+
+
+def test_kept_ends_where_any_seed_is_unstable():
+    """The fourth seed fails from RATES[6] on, tried by it alone, the others later."""
+    edges = (math.inf, math.inf, math.inf, RATES[6], math.inf)
+    curves = {seed: curve if seed == 3 else [p for p in curve if p.lr != RATES[6]]
+              for seed, curve in lines_above(5.0, edges=edges).items()}  # fmt: skip
+    found = kept(curves, LEVELS, RATES[4])
+    assert (found.low, found.high, found.at_least) == (RATES[5], RATES[6], False)
+    assert found.value == pytest.approx(math.sqrt(RATES[5] * RATES[6]))
+    assert kept(curves, LEVELS, RATES[7]) is None, "not stable on all seeds at the first rate"
+    del curves[3]
+    assert kept(curves, LEVELS, RATES[4]).at_least, "of the others none fails"
+
+
+def test_kept_over_the_seeds_and_rates_in_common():
+    curves = lines_above(0.2)
+    found = kept({7: curves[0], 0: curves[0]}, {0: 2.0, 9: 2.0}, RATES[4])
+    assert found.value == pytest.approx(1e-3 * math.exp(0.23 / 0.1)), "seed 0 alone"
+    assert (found.low, found.high, found.seeds) == (None, None, 1)
+    assert kept({0: curves[0]}, {0: 1.0}, RATES[4]).nowhere, "of one seed, too"
+    assert kept(curves, {9: 2.0}, RATES[4]) is None
+    # A rate that four of five have would lift the mean of those.
+    extra = {seed: sorted([*curve, Point(1.1e-3, 9.0, True)]) if seed else curve for seed, curve in curves.items()}
+    assert kept(extra, LEVELS, RATES[4]) == kept(curves, LEVELS, RATES[4])
+
+
+@pytest.mark.parametrize(
+    ("alike", "slope", "index", "least", "most"),
+    [
+        # What a seed is off is the same at all rates; then, another at each, with the crossing at one of them.
+        (True, 0.1, 6.5, 0.935, 0.965),
+        (False, 0.3, 7, 0.935, 0.965),
+        # All rates before the crossing lie within the noise, and the lower limit may leave 0 at any of them: too early.
+        (False, 0.003, 7, 0.905, 0.945),
+    ],
+)
+def test_intervals_of_a_crossing_cover(alike, slope, index, least, most):
+    """The true mean crosses 0 at the rate of an index; five seeds of sd 0.05."""
+    draw, hits, trials = np.random.default_rng(0), 0, 2000
+    line = 2.0 + slope * math.log(10) / 4 * (np.arange(len(RATES)) - index)
+    truth = RATES[0] * 10 ** (index / 4)
+    for _ in range(trials):
+        rows = (line + draw.normal(0, 0.05, (5, 1 if alike else len(RATES)))).tolist()
+        curves = {seed: [Point(*pair, True) for pair in zip(RATES, row, strict=True)] for seed, row in enumerate(rows)}
+        found = kept(curves, LEVELS, RATES[4])
+        # An end that is not there claims nothing.
+        too_high = found.low is not None and found.low > truth * (1 + 1e-9)
+        too_low = found.nowhere or (found.high is not None and found.high < truth * (1 - 1e-9))
+        hits += not too_high and not too_low
+    assert least < hits / trials < most
+
+
+@settings(deadline=None)  # what it computes is quick, the machine may be busy
 @given(st.lists(st.floats(-9, 0), min_size=3, max_size=12, unique=True), st.floats(0.5, 3), st.randoms())
 def test_sensitivity_is_the_integral(exponents, cap, draw):
     """Against the mean of the same broken line at many places, for uneven points."""
