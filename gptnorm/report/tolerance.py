@@ -341,6 +341,8 @@ class ToleranceStudy:
     """Those reported; none: a screening."""
     grid: tuple[float, ...]
     epsilon: float
+    follows_rates: bool
+    """Whether reported seeds trained up to the edge, so that it is known how far a rate can be pushed."""
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
@@ -459,6 +461,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         seeds=about.seeds,
         grid=grid,
         epsilon=float(asked["epsilon"]),
+        follows_rates=not about.seeds or asked["report"] in ("all", "near"),
         search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},

@@ -109,7 +109,7 @@ def _place(study: ToleranceStudy, place: Place, number: int) -> list[Markup]:
     if rates:
         alt = "Validation loss against peak learning rate, a line per strategy; numbers in the tables."
         sections.append(page.section("Loss against learning rate", [page.figure(rates, alt, _rates_caption(study))]))
-    bars = tolerance_bars(study, place, f"bars{number}")
+    bars = tolerance_bars(study, place, f"bars{number}") if study.follows_rates else None
     if bars:
         alt = "For each strategy a bar from its best to its largest stable learning rate; numbers in the tables."
         caption = (

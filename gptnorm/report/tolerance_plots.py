@@ -267,7 +267,8 @@ def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     ratios = [{name: _with_interval(pair) for name, pair in at_place.items()} for at_place in pairs]
     found = []
     for what, values, neutral in (("loss", differences, 0.0), ("rate", ratios, 1.0)):
-        if len(study.places) > 1 and any(value for at_place in values for value in at_place.values()):
+        known = what == "loss" or study.follows_rates
+        if known and len(study.places) > 1 and any(value for at_place in values for value in at_place.values()):
             found.append((what, _place_panel(study, what, values, neutral)))
     return found
 

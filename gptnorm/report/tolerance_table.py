@@ -47,7 +47,7 @@ def overview_grids(study: ToleranceStudy) -> list[Grid]:
     pairs = [place.pairs(tuned=False) for place in study.places]
     base = study.baseline
     found = [_over_places(study, f"Loss minus {base}'s, each at its own best rate", pairs, _difference)]
-    if any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
+    if study.follows_rates and any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
         title = f"Largest stable rate over {base}'s"
         found.append(_over_places(study, title, pairs, _edge_ratio))
     return found
@@ -88,7 +88,7 @@ def _loss_grid(study: ToleranceStudy, place: Place) -> Grid:
 def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     tracks, pairs, base = place.own, place.pairs(tuned=False), study.baseline
     edges = any(track.edge for track in tracks.values())
-    if not edges and not any(track.near for track in tracks.values()):
+    if not study.follows_rates or (not edges and not any(track.near for track in tracks.values())):
         return None
     columns: dict[str, Callable[[str], Entry]] = {}
     if edges:
@@ -128,7 +128,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
             f"loss minus {base}'s, as they come": lambda name: _difference(pairs.get(name)),
             "both tuned": lambda name: _difference(both.get(name)),
         }
-        if any(pair.edge_ratio for pair in (*pairs.values(), *both.values())):
+        if study.follows_rates and any(pair.edge_ratio for pair in (*pairs.values(), *both.values())):
             columns[f"largest stable rate over {base}'s, as they come"] = lambda name: _edge_ratio(pairs.get(name))
             columns["both tuned "] = lambda name: _edge_ratio(both.get(name))
         rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)

@@ -114,7 +114,7 @@ def _compared(ours: Track, theirs: Track) -> str:
 
 def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
     pairs = place.pairs(tuned=False)
-    if not pairs or not any(pair.ours.edges or pair.theirs.edges for pair in pairs.values()):
+    if not study.follows_rates or not any(pair.ours.edges or pair.theirs.edges for pair in pairs.values()):
         return []
     told: dict[str, Estimate] = {}
     for name, pair in pairs.items():
@@ -193,11 +193,11 @@ def _against_of_many(study: ToleranceStudy) -> list[str]:
     for name in study.others[:MOST_NAMED]:
         found = [at_place[name] for at_place in pairs if name in at_place]
         losses = [side(pair.difference) for pair in found]
-        rates = [side(pair.edge_ratio, 1.0) for pair in found]
-        sentences.append(
-            f"Against {study.baseline}, {name} has {_counted(losses, 'a lower loss', 'a higher one', -1)}, and "
-            f"tolerates {_counted(rates, 'a higher learning rate', 'a lower one', 1)}."
-        )
+        says = f"Against {study.baseline}, {name} has {_counted(losses, 'a lower loss', 'a higher one', -1)}"
+        if study.follows_rates:
+            rates = [side(pair.edge_ratio, 1.0) for pair in found]
+            says += f", and tolerates {_counted(rates, 'a higher learning rate', 'a lower one', 1)}"
+        sentences.append(f"{says}.")
     if len(study.others) > MOST_NAMED:
         sentences.append("The tables say it of the others.")
     return sentences
