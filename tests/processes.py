@@ -63,7 +63,7 @@ def kill_all(job: subprocess.Popen[str]) -> None:
 def told(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What the processes of a failed job say, beside torchrun: lines, no traceback."""
     assert done.returncode != 0
-    assert "gptnorm/cli.py" not in done.stderr, done.stderr
+    assert "gptnorm/cli/" not in done.stderr, done.stderr
     return re.findall(r"gptnorm(?: \(process \d+\))?: .*", done.stderr)
 
 

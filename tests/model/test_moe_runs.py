@@ -12,7 +12,7 @@ from cases import tiny_gpt, tokens
 from model.test_moe import branch, inputs
 from saving import load, save
 
-from gptnorm import cli
+from gptnorm.cli import runs
 from gptnorm.config import MoEConfig, OptimConfig
 from gptnorm.data import prepare
 from gptnorm.model.moe import frozen_routing, reference_experts
@@ -155,8 +155,8 @@ def test_a_run_on_the_slow_path_says_so(recipe: Any, monkeypatch: Any, settings:
     """fp32 under the compiler: one line, before the first step."""
     config = load_recipe(str(recipe)).resolve(["moe.experts=8", *settings.split()])
     said: list[str] = []
-    monkeypatch.setattr(cli, "say", said.append)
-    cli.warn(config)
+    monkeypatch.setattr(runs, "say", said.append)
+    runs.warn(config)
     assert len(said) == (word is not None)
     assert all(word is not None and word in line for line in said)
 

@@ -18,13 +18,6 @@ from gptnorm.study.run import run_study
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 
 
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
-
-
 def cells_of(path, *overrides):
     recipe = load_recipe(str(path))
     return make_cells(recipe, Grid().read(recipe, overrides), overrides)

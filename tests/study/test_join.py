@@ -13,15 +13,16 @@ import pytest
 from processes import PATIENCE, environment
 from processes import run as launch
 from rich.console import Console
-from study_folders import SMALL, cells_in_process, everything, lines, outcomes
+from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
-from gptnorm.study import run
 from gptnorm.study.grid import Grid
 from gptnorm.study.join import join_studies, parse_part, part_folder
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 STUDY = """
 [study]
@@ -31,18 +32,6 @@ lrs = [0.001, 0.01]
 seeds = [3]
 workers = 1
 """
-
-
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(run, "run_cells", cells_in_process)
 
 
 @pytest.mark.parametrize("kind", [Grid, Tolerance])

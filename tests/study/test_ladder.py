@@ -27,13 +27,6 @@ STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
-
-
 def cells_of(path, axis, *overrides):
     recipe = load_recipe(str(path))
     return make_cells(recipe, Grid(axis).read(recipe, overrides), overrides)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from study_folders import SMALL, cells_in_process, everything, lines, outcomes
+from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
 from gptnorm.lock import locked
@@ -24,22 +24,9 @@ from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm"]\nlrs = [0.01, 0.001]\nseeds = [3]\nworkers = 1\n'
-
-
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def in_process(request, monkeypatch):
-    """Cells one after the other in this process, but where a test kills processes."""
-
-    if "kills" not in request.fixturenames:
-        monkeypatch.setattr(run, "run_cells", cells_in_process)
 
 
 def ask(study, folder, *settings, ladder=None, **more):

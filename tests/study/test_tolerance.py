@@ -7,17 +7,18 @@ import math
 
 import pytest
 from rich.console import Console
-from study_folders import SMALL, cells_in_process, everything, lines, outcomes
+from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
-from gptnorm.study import run
 from gptnorm.study.asked import as_settings, parse_rates
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 STUDY = """
 [study]
@@ -30,18 +31,6 @@ workers = 1
 [study.search]
 reach = 0
 """
-
-
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(run, "run_cells", cells_in_process)
 
 
 def ask(study, folder, *settings, **more):

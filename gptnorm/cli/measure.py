@@ -1,0 +1,102 @@
+"""What a model is worth and how signals pass through it: `gptnorm eval` and `gptnorm inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from gptnorm.cli.arguments import JSON, RUN, SETTINGS
+from gptnorm.cli.output import console, write
+from gptnorm.errors import bad_value
+
+
+@click.command()
+@click.argument("source", metavar="RECIPE|RUN")
+@SETTINGS
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run; default: the newest, 0: initialisation.")
+@click.option("--tokens", type=click.Choice(["text", "random"]), default="text", help="First training batch, or noise.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="What is computed in.")
+@JSON
+@click.option("--report", "page_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots.")
+def inspect(
+    source: str,
+    settings: tuple[str, ...],
+    step: int | None,
+    tokens: str,
+    dtype: Literal["fp32", "fp64"],
+    json_path: Path | None,
+    page_path: Path | None,
+) -> None:
+    """Measure signal propagation: activations and gradients, block by block.
+
+    RECIPE is measured at initialisation, RUN (a run folder) at its newest checkpoint. KEY=VALUE as in 'gptnorm train';
+    for a run only what concerns the batch, such as train.batch_size=4. See docs/inspect.md for every number.
+    """
+    from gptnorm.probe import probe
+    from gptnorm.probe.show import dump, make_record, print_probe
+    from gptnorm.probe.source import find_config, open_source
+    from gptnorm.report.probe_page import probe_page
+    from gptnorm.train.inputs import within_memory
+
+    config, folder = find_config(source, settings)
+    with within_memory(config), console.status("measuring …"):
+        found = open_source(source, config, folder, step=step, random_tokens=tokens == "random", dtype=dtype)
+        reading = probe(found.model, found.tokens)
+    record = make_record(found, reading, dtype)
+    for option, path, text in (
+        ("--json", json_path, lambda: dump(record)),
+        ("--report", page_path, lambda: probe_page(record)),
+    ):
+        if path is not None:
+            write(option, path, text())
+    print_probe(found, reading, dtype, console)
+
+
+@click.command("eval")
+@RUN
+@SETTINGS
+@click.option("--data", "texts", metavar="SOURCE", multiple=True, help="Text to score; several give a row each.")
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint; default: the newest, 0: initialisation.")
+@click.option("--documents", type=click.Choice(["separate", "stream"]), default="separate", help="What is context.")
+@click.option("--window", type=click.IntRange(1, 2**31), help="Tokens read at once; default: train.seq_len.")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window; default: half a window.")
+@click.option("--tokens", metavar="COUNT", help="Score so many of each text at most, such as 250k or 10M.")
+@JSON
+def evaluate(
+    run: Path,
+    settings: tuple[str, ...],
+    texts: tuple[str, ...],
+    step: int | None,
+    documents: Literal["separate", "stream"],
+    window: int | None,
+    stride: int | None,
+    tokens: str | None,
+    json_path: Path | None,
+) -> None:
+    """Perplexity and bits per byte of the run in folder RUN, on its validation split or on any text.
+
+    SOURCE is anything that data.path takes; the run's own tokenizer reads it. Of the text that the run was trained on
+    only the validation split is scored. KEY=VALUE sets how it is computed, such as train.device=cpu or
+    train.batch_size=8. See docs/evaluate.md for every number.
+    """
+    from gptnorm.evaluate.command import print_evaluation, run_eval
+    from gptnorm.probe.show import dump
+
+    if json_path is not None and not json_path.parent.is_dir():
+        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    found = run_eval(
+        run,
+        settings,
+        texts,
+        step=step,
+        mode=documents,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        console=console,
+    )
+    print_evaluation(found, console)
+    if json_path is not None:
+        write("--json", json_path, dump(found.record()))

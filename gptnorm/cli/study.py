@@ -1,0 +1,193 @@
+"""Comparisons: `gptnorm study …` and `gptnorm quickstart`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from gptnorm.cli.arguments import RECIPE, SETTINGS
+from gptnorm.cli.output import console, say
+
+if TYPE_CHECKING:
+    from gptnorm.study.run import Kind
+
+STUDY_DIR = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
+)
+FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside.")
+PART = click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'.")
+
+
+@click.command()
+@SETTINGS
+def quickstart(settings: tuple[str, ...]) -> None:
+    """Compare three strategies over learning rates, in minutes on a laptop."""
+    from gptnorm.study.grid import Grid
+    from gptnorm.study.ledger import OtherStudy
+    from gptnorm.study.run import run_study
+
+    folder = Path("runs/quickstart")
+    ask = partial(run_study, Grid(), "quickstart", settings, console=console, command=())
+    try:
+        ask(folder)
+    except OtherStudy:
+        ask(folder, fresh=True)
+    tell(folder)
+
+
+@click.group()
+def study() -> None:
+    """Compare strategies over learning rates, at one size or along a ladder of widths or depths."""
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+@FRESH
+@PART
+def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+    """Every strategy at every learning rate with every seed, such as 'study/catalogue'.
+
+    RECIPE has a [study] table.
+    """
+    from gptnorm.study.grid import Grid
+
+    which, folder = share(part, folder or Path("runs/study-grid"))
+    run_and_tell(Grid(part=which), recipe, settings, folder, fresh)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+@FRESH
+@PART
+def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+    """A ladder of widths (study.widths) under each width rule (study.rules), such as 'study/width'.
+
+    RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
+    """
+    climb("width", recipe, settings, folder, fresh, part)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STUDY_DIR
+@FRESH
+@PART
+def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+    """A ladder of depths (study.depths), such as 'study/depth', with gradients and cosines block by block.
+
+    RECIPE has a [study] table.
+    """
+    climb("depth", recipe, settings, folder, fresh, part)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's.")
+@click.option("--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,….")
+@click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
+@STUDY_DIR
+@FRESH
+@PART
+def tolerance(
+    recipe: str,
+    settings: tuple[str, ...],
+    strategies: str | None,
+    lrs: str | None,
+    seeds: int | None,
+    folder: Path | None,
+    fresh: bool,
+    part: str | None,
+) -> None:
+    """How far each strategy's learning rate can be pushed, such as 'study/tolerance'.
+
+    RECIPE has a [study] table. Rates are added where they matter: around each strategy's best, and at the edge where
+    training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
+    beside the rate, and where strategies are compared; see docs/tolerance.md.
+    """
+    from gptnorm.recipe import load_recipe
+    from gptnorm.study.asked import as_settings
+    from gptnorm.study.tolerance import Tolerance
+
+    asked = as_settings(load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    which, folder = share(part, folder or Path("runs/study-tolerance"))
+    run_and_tell(Tolerance(part=which), recipe, asked, folder, fresh)
+
+
+@study.command()
+@click.argument("folder", metavar="STUDY", type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown, and write nothing.")
+def show(folder: Path, markdown: bool) -> None:
+    """Print the tables of the study in folder STUDY, complete or not, and write its report."""
+    from gptnorm.report import markdown_study
+
+    if markdown:
+        click.echo(markdown_study(folder), nl=False)
+    else:
+        tell(folder)
+
+
+@study.command()
+@click.argument("parts", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the whole study.")
+def join(parts: tuple[Path, ...], folder: Path) -> None:
+    """Put studies together that were made in several folders, such as the parts of a job array.
+
+    Their runs must be comparable: the same recipe, settings and text.
+    """
+    from gptnorm.report.format import plural
+    from gptnorm.study.join import join_studies
+
+    added = join_studies(parts, folder)
+    tell(folder)
+    say(f"{plural(added, 'run')} added")
+
+
+def climb(
+    axis: Literal["depth", "width"],
+    recipe: str,
+    settings: tuple[str, ...],
+    folder: Path | None,
+    fresh: bool,
+    part: str | None,
+) -> None:
+    """Runs a ladder."""
+    from gptnorm.study.grid import Grid
+
+    which, folder = share(part, folder or Path("runs") / f"study-{axis}")
+    run_and_tell(Grid(axis, which), recipe, settings, folder, fresh)
+
+
+def share(part: str | None, folder: Path) -> tuple[tuple[int, int], Path]:
+    """Which part of a study is to be run, and its folder."""
+    from gptnorm.study.join import parse_part, part_folder
+
+    if part is None:
+        return (1, 1), folder
+    which = parse_part(part)
+    return which, part_folder(folder, which)
+
+
+def run_and_tell(kind: Kind, recipe: str, settings: tuple[str, ...], folder: Path, fresh: bool) -> None:
+    """Runs a study, prints its tables and writes its report."""
+    from gptnorm.study.run import run_study
+
+    tell(run_study(kind, recipe, settings, folder, console, fresh=fresh))
+
+
+def tell(folder: Path) -> None:
+    """Prints a study's tables and writes its report."""
+    from gptnorm.report import rich_study
+    from gptnorm.report.html import write_study_report
+
+    report = write_study_report(folder)
+    console.print(rich_study(folder))
+    say(f"report: {report}")
