@@ -42,10 +42,13 @@ def test_commands_exist(page: Path) -> None:
     from gptnorm.recipe import load_recipe
     from gptnorm.strategies import STRATEGIES
     from gptnorm.study.asked import as_settings
+    from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.grid import Grid
+    from gptnorm.study.scaling import Scaling, ScalingConfig
     from gptnorm.study.tolerance import Tolerance
 
-    kinds = {"grid": Grid(), "depth": Grid("depth"), "width": Grid("width"), "tolerance": Tolerance()}
+    kinds = {"grid": Grid(), "depth": Grid("depth"), "width": Grid("width")}
+    kinds |= {"tolerance": Tolerance(), "scaling": Scaling()}
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for line in "\n".join(blocks(page, "bash")).splitlines():
@@ -66,7 +69,12 @@ def test_commands_exist(page: Path) -> None:
                 given = dict(itertools.pairwise(arguments))
                 recipe, kind = load_recipe(words[3]), kinds[words[2]]
                 settings = as_settings(
-                    recipe, settings, strategies=given.get("--strategies"), lrs=given.get("--lrs"), seeds=None
+                    ScalingConfig if words[2] == "scaling" else ToleranceConfig,
+                    recipe,
+                    settings,
+                    strategies=given.get("--strategies"),
+                    lrs=given.get("--lrs"),
+                    seeds=None,
                 )
                 kind.plan(recipe, kind.read(recipe, settings), settings)
 

@@ -18,6 +18,11 @@ STUDY_DIR = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
 )
 FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside.")
+STRATEGIES = click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's.")
+LRS = click.option(
+    "--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,…."
+)
+SEEDS = click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
 PART = click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'.")
 
 
@@ -91,9 +96,9 @@ def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bo
 @study.command()
 @RECIPE
 @SETTINGS
-@click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's.")
-@click.option("--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,….")
-@click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
+@STRATEGIES
+@LRS
+@SEEDS
 @STUDY_DIR
 @FRESH
 @PART
@@ -115,11 +120,45 @@ def tolerance(
     """
     from gptnorm.recipe import load_recipe
     from gptnorm.study.asked import as_settings
+    from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.tolerance import Tolerance
 
-    asked = as_settings(load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    asked = as_settings(ToleranceConfig, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
     which, folder = share(part, folder or Path("runs/study-tolerance"))
     run_and_tell(Tolerance(part=which), recipe, asked, folder, fresh)
+
+
+@study.command()
+@RECIPE
+@SETTINGS
+@STRATEGIES
+@LRS
+@SEEDS
+@STUDY_DIR
+@FRESH
+@PART
+def scaling(
+    recipe: str,
+    settings: tuple[str, ...],
+    strategies: str | None,
+    lrs: str | None,
+    seeds: int | None,
+    folder: Path | None,
+    fresh: bool,
+    part: str | None,
+) -> None:
+    """Loss against compute, and how best rate and batch move with the size, such as 'study/scaling'.
+
+    RECIPE has a [study] table with study.models: sizes, each with the amounts of text that it sees. study.batches are
+    tried with each. Every strategy is at its own best rate everywhere; see docs/scaling.md.
+    """
+    from gptnorm.recipe import load_recipe
+    from gptnorm.study.asked import as_settings
+    from gptnorm.study.scaling import Scaling, ScalingConfig
+
+    asked = as_settings(ScalingConfig, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    which, folder = share(part, folder or Path("runs/study-scaling"))
+    run_and_tell(Scaling(part=which), recipe, asked, folder, fresh)
 
 
 @study.command()

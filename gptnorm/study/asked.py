@@ -1,4 +1,4 @@
-"""The options of `gptnorm study tolerance` as the settings that they stand for."""
+"""The options of `gptnorm study tolerance` and `scaling` as the settings that they stand for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ ALLOWED = "must be LOW:HIGH or a list, such as 3e-4:3e-1 or 1e-3,3e-3,1e-2"
 
 
 def as_settings(
-    recipe: Recipe, settings: tuple[str, ...], *, strategies: str | None, lrs: str | None, seeds: int | None
+    table: type[ToleranceConfig],
+    recipe: Recipe,
+    settings: tuple[str, ...],
+    *,
+    strategies: str | None,
+    lrs: str | None,
+    seeds: int | None,
 ) -> tuple[str, ...]:
     """The `key=value` arguments with those that the options stand for.
 
     Args:
+        table: what the recipe's `[study]` table is read as.
         strategies: names with commas between.
         lrs: "LOW:HIGH", of which two rates a decade are taken, or rates with commas between.
         seeds: how many are reported: the first that do not pick, counted from 0.
@@ -32,7 +39,7 @@ def as_settings(
     if lrs is not None:
         more["lrs"] = list(parse_rates(lrs))
     if seeds is not None:
-        pick = read_table_of(ToleranceConfig, recipe, settings).pick
+        pick = read_table_of(table, recipe, settings).pick
         more["seeds"] = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
     given = {setting.partition("=")[0] for setting in settings}
     for key in more:

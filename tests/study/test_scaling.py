@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from study_folders import SMALL, cells_in_process, everything, lines
+from study_folders import SMALL, everything, lines
 
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_tolerance
 from gptnorm.report.scaling import spots_of
-from gptnorm.study import run
 from gptnorm.study.run import run_study
 from gptnorm.study.scaling import Scaling, as_places
 
@@ -32,13 +31,6 @@ reach = 0
 """
 
 RUN = tuple(setting for setting in SMALL if not setting.startswith("train.steps"))
-
-
-@pytest.fixture
-def study(recipe, tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(recipe.read_text() + STUDY)
-    return path
 
 
 def places(study, *overrides):
@@ -94,9 +86,7 @@ def test_what_is_wrong_is_said_by_name(study):
         assert words in str(error.value), setting
 
 
-def test_it_runs_and_grows(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "run_cells", cells_in_process)
-
+def test_it_runs_and_grows(study, tmp_path, in_process):
     def ask(*settings):
         return run_study(Scaling(), str(study), (*RUN, *settings), tmp_path / "out", Console(quiet=True))
 

@@ -12,6 +12,7 @@ from study_folders import SMALL, everything, lines, outcomes
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.study.asked import as_settings, parse_rates
+from gptnorm.study.config import ToleranceConfig
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, point_of
@@ -177,7 +178,9 @@ def test_options_stand_for_settings(study):
     recipe = load_recipe(str(study))
 
     def asked(*settings, **options):
-        return as_settings(recipe, settings, **{"strategies": None, "lrs": None, "seeds": None, **options})
+        return as_settings(
+            ToleranceConfig, recipe, settings, **{"strategies": None, "lrs": None, "seeds": None, **options}
+        )
 
     found = asked("a=1", strategies="x, y", lrs="1e-3:1e-1", seeds=2)
     assert found == ("a=1", 'study.strategies=["x", "y"]', "study.lrs=[0.001, 0.00316, 0.01, 0.0316, 0.1]",
@@ -185,7 +188,8 @@ def test_options_stand_for_settings(study):
     assert asked("study.pick=[0,2]", seeds=3)[1:] == ("study.seeds=[1, 3, 4]",)
     assert asked(seeds=0) == ("study.seeds=[]",)
     study.write_text(study.read_text().replace("workers = 1", "workers = 1\npick = [1, 2]"))
-    assert as_settings(load_recipe(str(study)), (), strategies=None, lrs=None, seeds=2) == ("study.seeds=[0, 3]",)
+    found = as_settings(ToleranceConfig, load_recipe(str(study)), (), strategies=None, lrs=None, seeds=2)
+    assert found == ("study.seeds=[0, 3]",)
     assert parse_rates("1e-3, 2e-2") == (1e-3, 2e-2)
     with pytest.raises(UserError, match=r"--seeds and study\.seeds say the same"):
         asked("study.seeds=[1]", seeds=2)
