@@ -97,11 +97,10 @@ def spots_of(study: ToleranceStudy, strategy: str) -> list[Spot]:
     found = []
     for place in study.places:
         track = place.own.get(strategy)
-        if track is None or not track.flops or not track.steps or not track.step_tokens:
+        if track is None or not track.flops or not track.tokens or not track.step_tokens:
             continue
         model = tuple((key, value) for key, value in place.settings if key not in RUN)
-        tokens = track.steps * track.step_tokens
-        found.append(Spot(track=track, model=model, tokens=tokens, batch=track.step_tokens, flops=track.flops))
+        found.append(Spot(track=track, model=model, tokens=track.tokens, batch=track.step_tokens, flops=track.flops))
     return sorted(found, key=lambda spot: (spot.flops, spot.batch))
 
 

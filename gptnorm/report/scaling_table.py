@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gptnorm.report.estimates import loss_entry, ratio_entry, side
+from gptnorm.report.estimates import ratio_entry, side
 from gptnorm.report.format import MISSING, lr_text, names_text
 from gptnorm.report.grids import Entry, Grid, Stacked
 from gptnorm.report.scaling import (
@@ -27,7 +27,6 @@ SAVING = "Compute saved: how many times less takes to {}'s loss"
 RATE_LAW = "Best rate against size and text"
 BATCH_LAW = "Best batch against size and text"
 BATCHES = "Best batch, tokens per step"
-PLACES = "Loss at the best rate of each, place by place"
 FACTORS = {"M": "size, M", "D": "text, D", "B": "batch, B"}
 MOST_COLUMNS = 4
 """Amounts of compute at which a saving is told, the largest ones."""
@@ -44,7 +43,6 @@ def scaling_grids(study: ToleranceStudy) -> list[Grid]:
         _laws(RATE_LAW, {name: rate_law(mine) for name, mine in spots.items()}),
         _laws(BATCH_LAW, {name: batch_law(mine) for name, mine in spots.items()}),
         _batches(spots),
-        _places(spots),
     ]
     return [grid for grid in found if grid is not None]
 
@@ -163,28 +161,6 @@ def _batch(group: Sequence[Spot]) -> Entry:
     if mean.low is None or mean.high is None:
         return f"{mean.value:,.0f}"
     return Stacked(f"{mean.value:,.0f}", f"[{mean.low:,.0f}, {mean.high:,.0f}]")
-
-
-def _places(spots: dict[str, list[Spot]]) -> Grid:
-    """Rows: places, by compute; columns: strategies."""
-    rows: dict[tuple[str, str], dict[str, Entry]] = {}
-    for name, mine in spots.items():
-        for spot in mine:
-            key = f"{spot_text(spot)}, {spot.batch:,} per step"
-            rows.setdefault((key, flops_text(spot.flops)), {})[name] = _loss(spot)
-    table = tuple((*key, *(found.get(name, MISSING) for name in spots)) for key, found in rows.items())
-    return Grid(title=PLACES, head=("at", "FLOPs", *spots), rows=table, words=1)
-
-
-def _loss(spot: Spot) -> Entry:
-    track = spot.track
-    if track.best is None:
-        return "none"
-    at = f"at {lr_text(track.best.lr)}" + (" edge" if track.end else "")
-    if track.failed:
-        return Stacked("unstable", at)
-    found = loss_entry(track.loss)
-    return Stacked(found, at) if isinstance(found, str) else Stacked(found.value, f"{found.below} {at}")
 
 
 def _exponent_entry(found: Estimate | None, sign: int = 1) -> Entry:

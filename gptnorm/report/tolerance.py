@@ -232,6 +232,11 @@ class Track:
         return statistics.median(seconds) / self.steps if seconds and self.steps else None
 
     @property
+    def tokens(self) -> int | None:
+        """Of a whole run."""
+        return self.steps * self.step_tokens if self.steps and self.step_tokens else None
+
+    @property
     def flops(self) -> float | None:
         """Of a whole run, the same in all of them."""
         return next((trial.flops for trial in self.trials if trial.flops is not None), None)

@@ -76,7 +76,8 @@ def _overview(study: ToleranceStudy) -> list[Markup]:
     note = f"Bars: 95 % intervals. Dotted: {study.baseline}. A hollow triangle: only this lower end is known."
     drawn = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")] if panels else []
     over, *more = tables
-    parts = [page.section(f"Against {study.baseline}, place by place", [*drawn, _titled(over)])]
+    head = f"Against {study.baseline}, place by place" if study.others else "Place by place"
+    parts = [page.section(head, [*drawn, _titled(over)])]
     return [*parts, *(_titled(grid) for grid in more)]
 
 

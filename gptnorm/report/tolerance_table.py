@@ -22,10 +22,14 @@ WIDE = 4
 
 
 def grids(study: ToleranceStudy) -> list[Grid]:
-    """The tables, those of several places first."""
+    """The tables, those of several places first.
+
+    Where these say all that is known of several places, the tables of each by itself are left to the page.
+    """
     found = [*overview_grids(study), *budget_grids(study), *scaling_grids(study)]
-    for place in study.places:
-        found += place_grids(study, place)
+    if len(study.places) < 2 or study.follows_rates or study.tune:
+        for place in study.places:
+            found += place_grids(study, place)
     return found
 
 
@@ -41,16 +45,18 @@ def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
 
 
 def overview_grids(study: ToleranceStudy) -> list[Grid]:
-    """Every strategy against the baseline at each place, if there are several."""
-    if len(study.places) < 2 or not study.others:
+    """Every strategy against the baseline at each place, and its loss there, if there are several."""
+    if len(study.places) < 2:
         return []
+    if not study.others:
+        return [_places(study)]
     pairs = [place.pairs(tuned=False) for place in study.places]
     base = study.baseline
     found = [_over_places(study, f"Loss minus {base}'s, each at its own best rate", pairs, _difference)]
     if study.follows_rates and any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
         title = f"Largest stable rate over {base}'s"
         found.append(_over_places(study, title, pairs, _edge_ratio))
-    return found
+    return [*found, _places(study)]
 
 
 def rich_tolerance(study: ToleranceStudy) -> Group:
@@ -173,6 +179,39 @@ def _over_places(
         (place, *(text(at_place, name) for name in study.others)) for place, at_place in zip(names, pairs, strict=True)
     )
     return Grid(title=title, head=("at", *study.others), rows=rows, words=1)
+
+
+def _places(study: ToleranceStudy) -> Grid:
+    """Rows: places, in the order of their compute where it is known; columns: strategies."""
+    names = study.about.strategies
+    first = {place.settings: next(iter(place.own.values()), None) for place in study.places}
+    found = [(place, first[place.settings]) for place in study.places]
+    columns = {
+        "tokens": [track.tokens if track else None for _, track in found],
+        "FLOPs": [track.flops if track else None for _, track in found],
+    }
+    shown = {head: values for head, values in columns.items() if len(set(values) - {None}) > 1}
+    rows = []
+    for index, (place, track) in enumerate(found):
+        size = [
+            count_text(values[index]) if head == "tokens" else _power(values[index]) for head, values in shown.items()
+        ]
+        losses = [_loss_and_rate(place.own.get(name)) for name in names]
+        rows.append(((track.flops if track else None) or 0.0, (place.name, *size, *losses)))
+    rows.sort(key=lambda row: row[0])
+    title = "Loss at the best rate of each, place by place"
+    return Grid(title=title, head=("at", *shown, *names), rows=tuple(row for _, row in rows), words=1)
+
+
+def _loss_and_rate(track: Track | None) -> Entry:
+    loss, rate = _loss(track), f"at {_best(track)}"
+    if loss == MISSING or track is None or track.best is None:
+        return _best(track)
+    return Stacked(loss, rate) if isinstance(loss, str) else Stacked(loss.value, f"{loss.below} {rate}")
+
+
+def _power(number: float | None) -> str:
+    return MISSING if number is None else lr_text(float(f"{number:.3g}"))
 
 
 def _title(title: str, place: Place) -> str:
