@@ -8,13 +8,14 @@ from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
-from gptnorm.report.format import MISSING, count_text, lr_text
+from gptnorm.report.format import MISSING, count_text, loss_text, lr_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
 from gptnorm.report.tolerance_notes import notes
 from gptnorm.study.measures import Estimate, paired_difference
 
+SETTINGS = "Every setting at its best rate, on the picking seeds"
 BASELINE = "baseline"
 NONE = "none"
 WIDE = 4
@@ -140,7 +141,19 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
         rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)
         title = _title(f"Against {base}, as they come and with {what} tuned for both", place)
         found.append(Grid(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
-    return found
+    return [*found, _settings(study, place)]
+
+
+def _settings(study: ToleranceStudy, place: Place) -> Grid:
+    """Rows: what was tried; columns: strategies."""
+    names = [name for name in study.about.strategies if name in place.own]
+    losses: dict[str, dict[str, str]] = {}
+    for track in place.tracks:
+        best = track.best
+        loss = loss_text(best.loss) if best else NONE
+        losses.setdefault(track.setting, {})[track.strategy] = f"{loss} at {_best(track)}" if best else _best(track)
+    rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in losses.items())
+    return Grid(title=_title(SETTINGS, place), head=("setting", *names), rows=rows, words=1)
 
 
 def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:

@@ -308,6 +308,9 @@ def test_what_survives_tuning(tmp_path: Path) -> None:
     ]
     row = row_of(text, f"Against base, as they come and with init.std tuned for both{here}", "ours")
     assert [numbers(entry)[0] for entry in row[1:]] == pytest.approx([-0.1, -0.02, 2.0, 1.0], abs=6e-5)
+    every = f"Every setting at its best rate, on the picking seeds{here}"
+    assert [numbers(entry)[0] for entry in row_of(text, every, "as it comes")[1:]] == pytest.approx([2.0, 1.9])
+    assert numbers(row_of(text, every, "init.std = 0.02")[1])[0] == pytest.approx(1.92 + near, abs=6e-5)
     # Both places side by side come first.
     title = "Loss minus base's, each at its own best rate"
     assert row_of(text, title, "ours")[1:] == [r"-0.1000 \[-0.1000, -0.1000]"] * 2
