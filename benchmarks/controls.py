@@ -59,7 +59,7 @@ COMPARISON = Comparison(
             rates=(1e-2, 3e-2, 1e-1),
         ),
     ),
-    baseline="prenorm-published",
+    baselines=("prenorm-published",),
 )
 
 

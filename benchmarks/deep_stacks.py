@@ -44,7 +44,7 @@ COMPARISON = Comparison(
         _row("spannorm", "init", "both"),
         _row("spannorm", "forward", "ffn"),
     ),
-    baseline="prenorm-init",
+    baselines=("prenorm-init", "postnorm-init", "postnorm-forward"),
 )
 
 THEIRS: dict[str, dict[float, str]] = {

@@ -34,7 +34,7 @@ COMPARISON = Comparison(
         Row(name="simplenorm-gain", strategy="simplenorm", setting="γ", settings=("moe.branch_gain=auto",)),
         Row(name="spannorm-no-gain", strategy="spannorm", setting="no γ", settings=("moe.branch_gain=none",)),
     ),
-    baseline="prenorm",
+    baselines=("prenorm",),
 )
 
 

@@ -85,8 +85,8 @@ class Comparison:
     column: str
     """Heads the second column."""
     rows: tuple[Row, ...]
-    baseline: str
-    """The name of the row that the others are compared with."""
+    baselines: tuple[str, ...]
+    """The names of the rows that the others are compared with."""
 
     def measure(self, root: Path, console: Console) -> None:
         for row in self.rows:
@@ -115,18 +115,18 @@ class Comparison:
     def page(self, root: Path, head: str) -> str:
         """The head, the table of the rows, and every ledger's own table."""
         rates = sorted({lr for row in self.rows for lr in self.screen(root, row)})
-        reference = next(row for row in self.rows if row.name == self.baseline)
-        label = f"minus {reference.strategy}'s ({reference.setting})".replace("_", "\\_")
-        titles = ["strategy", self.column, *(f"{lr:g}" for lr in rates), "best rate, other seeds", label]
-        lines = [f"| {' | '.join(titles)} |", "|:--|:--|" + "--:|" * (len(rates) + 2)]
+        references = [row for name in self.baselines for row in self.rows if row.name == name]
+        labels = [f"minus {row.strategy}'s ({row.setting})".replace("_", "\\_") for row in references]
+        titles = ["strategy", self.column, *(f"{lr:g}" for lr in rates), "best rate, other seeds", *labels]
+        lines = [f"| {' | '.join(titles)} |", "|:--|:--|" + "--:|" * (len(titles) - 2)]
         for row in self.rows:
             losses = self.screen(root, row)
             shown = [_text(losses[lr]) if lr in losses else "" for lr in rates]
             seeds = self.seeds(root, row)
-            gap = "–" if row is reference else gap_text(seeds, self.seeds(root, reference))
+            gaps = ["–" if row is other else gap_text(seeds, self.seeds(root, other)) for other in references]
             strategy = row.strategy.replace("_", "\\_")
             result = _summary(best_rate(losses), seeds)
-            lines.append(f"| {' | '.join([strategy, row.setting, *shown, result, gap])} |")
+            lines.append(f"| {' | '.join([strategy, row.setting, *shown, result, *gaps])} |")
         entropy = load_study(root / f"{self.prefix}-{self.rows[0].name}-screen").unigram_entropy
         notes = (
             "\nNats per token; the rates' columns are seed 0, then mean ± seed sd (ddof 1), and the gap with its 95 % "
