@@ -34,7 +34,7 @@ def _groups(study: ToleranceStudy) -> list[tuple[str, Budgets]]:
     """(the other settings in words, budgets) of which there are two or more."""
     groups: dict[str, Budgets] = {}
     for place in study.places:
-        settings = dict(place.settings)
+        settings = dict(place.told)
         steps = settings.pop(AXIS, None)
         if isinstance(steps, int):
             name = ", ".join(f"{key} = {value}" for key, value in settings.items())

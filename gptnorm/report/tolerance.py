@@ -298,6 +298,8 @@ class Place:
     """Where strategies are compared: one combination of what was mapped."""
 
     settings: Pairs
+    told: Pairs
+    """Those of the settings that differ from place to place; of a single place all."""
     tracks: tuple[Track, ...]
     """Every strategy with every setting that was tried."""
     baseline: str
@@ -305,7 +307,7 @@ class Place:
     @property
     def name(self) -> str:
         """In words; empty where nothing was mapped."""
-        return ", ".join(f"{key} = {value}" for key, value in self.settings)
+        return ", ".join(f"{key} = {value}" for key, value in self.told)
 
     @cached_property
     def own(self) -> dict[str, Track]:
@@ -365,7 +367,13 @@ class ToleranceStudy:
     @property
     def mapped(self) -> tuple[str, ...]:
         """The settings that differ from place to place."""
-        return tuple(key for key, _ in self.places[0].settings) if self.places else ()
+        return tuple(key for key, _ in self.places[0].told) if self.places else ()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The same without their tables, "steps" for "train.steps", where that is clear."""
+        short = tuple(key.rpartition(".")[2] for key in self.mapped)
+        return short if len(set(short)) == len(short) else self.mapped
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -447,6 +455,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         )
 
     places = dict.fromkeys(place for _, place, _ in trials)
+    common = set.intersection(*map(set, places)) if len(places) > 1 else set()
     order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
     baseline = str(asked["baseline"])
     return ToleranceStudy(
@@ -454,6 +463,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         places=tuple(
             Place(
                 settings=place,
+                told=tuple(pair for pair in place if pair not in common),
                 tracks=tuple(
                     track(*key) for name in about.strategies for key in trials if key[0] == name and key[1] == place
                 ),

@@ -276,7 +276,7 @@ def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
 def _place_panel(study: ToleranceStudy, what: str, values: Sequence[dict[str, Any]], neutral: float) -> str:
     others = list(study.others)
     with style():
-        names = [", ".join(value_text(value) for _, value in place.settings) for place in study.places]
+        names = [", ".join(value_text(value) for _, value in place.told) for place in study.places]
         steep = sum(map(len, names)) > 36
         figure = new_figure(_PANEL, 2.9 + legend_height(others, _PANEL) + (0.06 * max(map(len, names)) if steep else 0))
         axes = figure.add_subplot()
@@ -291,7 +291,7 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[dict[str, An
             log_ticks(axes.yaxis)
         axes.set_xticks(range(len(names)), names, rotation=45 if steep else 0, ha="right" if steep else "center")
         axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_xlabel(", ".join(study.mapped))
+        axes.set_xlabel(", ".join(study.heads))
         title = f"loss minus {study.baseline}'s" if what == "loss" else f"largest stable rate over {study.baseline}'s"
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("nats per token" if what == "loss" else "times")

@@ -8,7 +8,7 @@ from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
-from gptnorm.report.format import MISSING, count_text, loss_text, lr_text
+from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, value_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
@@ -195,10 +195,9 @@ def _over_places(
 
 
 def _places(study: ToleranceStudy) -> Grid:
-    """Rows: places, in the order of their compute where it is known; columns: strategies."""
+    """Rows: places, in the order of their compute where it is known; columns: their settings, then strategies."""
     names = study.about.strategies
-    first = {place.settings: next(iter(place.own.values()), None) for place in study.places}
-    found = [(place, first[place.settings]) for place in study.places]
+    found = [(place, next(iter(place.own.values()), None)) for place in study.places]
     columns = {
         "tokens": [track.tokens if track else None for _, track in found],
         "FLOPs": [track.flops if track else None for _, track in found],
@@ -210,17 +209,18 @@ def _places(study: ToleranceStudy) -> Grid:
             count_text(values[index]) if head == "tokens" else _power(values[index]) for head, values in shown.items()
         ]
         losses = [_loss_and_rate(place.own.get(name)) for name in names]
-        rows.append(((track.flops if track else None) or 0.0, (place.name, *size, *losses)))
+        settings = [value_text(value) for _, value in place.told]
+        rows.append(((track.flops if track else None) or 0.0, (*settings, *size, *losses)))
     rows.sort(key=lambda row: row[0])
     title = "Loss at the best rate of each, place by place"
-    return Grid(title=title, head=("at", *shown, *names), rows=tuple(row for _, row in rows), words=1)
+    return Grid(title=title, head=(*study.heads, *shown, *names), rows=tuple(row for _, row in rows), words=1)
 
 
 def _loss_and_rate(track: Track | None) -> Entry:
     loss, rate = _loss(track), f"at {_best(track)}"
-    if loss == MISSING or track is None or track.best is None:
+    if track is None or track.best is None:
         return _best(track)
-    return Stacked(loss, rate) if isinstance(loss, str) else Stacked(loss.value, f"{loss.below} {rate}")
+    return f"{loss} {rate}" if isinstance(loss, str) else Stacked(f"{loss.value} {rate}", loss.below)
 
 
 def _power(number: float | None) -> str:
