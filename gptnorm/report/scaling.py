@@ -39,7 +39,11 @@ RUN = ("train.steps", "train.batch_size")
 
 @dataclass(frozen=True, kw_only=True)
 class Spot:
-    """One strategy at one place."""
+    """One strategy at one place.
+
+    A seed looks for its best rate from that of the picking seeds on: an interval over seeds holds no error of the
+    picking, which on flat or noisy curves is the larger one.
+    """
 
     track: Track
     model: Pairs
@@ -114,9 +118,10 @@ def by_text(spots: Sequence[Spot]) -> dict[tuple[Pairs, int], list[Spot]]:
 
 def frontier(spots: Sequence[Spot]) -> list[Spot]:
     """Those that no cheaper one matches, each model and text at its best batch, on the seeds that pick."""
-    best = [min(group, key=lambda spot: spot.picked_loss) for group in by_text(spots).values()]
+    groups = by_text([spot for spot in spots if spot.compared]).values()
+    best = [min(group, key=lambda spot: spot.picked_loss) for group in groups]
     kept: list[Spot] = []
-    for spot in sorted((spot for spot in best if spot.compared), key=lambda spot: (spot.flops, spot.picked_loss)):
+    for spot in sorted(best, key=lambda spot: (spot.flops, spot.picked_loss)):
         if not kept or spot.picked_loss < kept[-1].picked_loss:
             kept.append(spot)
     return kept

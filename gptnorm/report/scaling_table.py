@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from gptnorm.report.estimates import ratio_entry, side
@@ -55,6 +56,8 @@ def is_scaling(spots: Mapping[str, Sequence[Spot]]) -> bool:
 def scaling_answer(study: ToleranceStudy) -> list[str]:
     """What the laws say in sentences."""
     spots = {name: spots_of(study, name) for name in study.about.strategies}
+    if not is_scaling(spots):
+        return []
     laws = {name: loss_law(mine) for name, mine in spots.items()}
     told = [f"{name} {_exponent_entry(law.exponents['C'], -1)}" for name, law in laws.items() if law]
     found = [f"Along the frontier the loss falls as compute to the power -b: {names_text(told)}."] if told else []
@@ -63,7 +66,7 @@ def scaling_answer(study: ToleranceStudy) -> list[str]:
         ratio = saving(spots[name], spots[study.baseline], theirs[-1].flops)
         if ratio is None or side(ratio, 1.0) is None:
             continue
-        says = {1: "takes less compute", -1: "takes more compute", 0: "takes as much, as far as can be told"}
+        says = {1: "takes less compute", -1: "takes more compute", 0: "may take more or less compute"}
         found.append(
             f"To {study.baseline}'s loss at its largest compute {name} {says[side(ratio, 1.0) or 0]}: "
             f"{study.baseline}'s over its own is {ratio_entry(ratio)}."
@@ -80,7 +83,8 @@ def scaling_words() -> dict[str, str]:
         "along our frontier; between places the loss is a line in ln(compute), beyond them only a bound is known.",
         "est rate against size": "Best rate, best batch: vertex of the parabola through the lowest loss and its two "
         "neighbours, against the logarithm, seed by seed; without an interval where reported seeds trained at one rate "
-        "alone, so that it is the picking seeds'.",
+        "alone, so that it is the picking seeds'. A seed looks from "
+        "there on, so an interval holds no error of the picking.",
         "exponent of": "Size: FLOPs per token; text: tokens of the run; batch: tokens per step. Exponents: least "
         "squares on logarithms, seed by seed.",
         "left over": "Left over: root mean square of what the line leaves of the mean over seeds, relative. The "
@@ -154,6 +158,8 @@ def _batches(spots: dict[str, list[Spot]]) -> Grid | None:
 
 def _batch(group: Sequence[Spot]) -> Entry:
     found = best_batches(group)
+    if all(math.isinf(spot.picked_loss) for spot in group):
+        return "none"
     if len(found) < len(group[0].track.seeds):
         best = min(group, key=lambda spot: spot.picked_loss)
         return f"{best.batch:,} edge" if best.batch in (group[0].batch, group[-1].batch) else f"{best.batch:,}"

@@ -349,7 +349,7 @@ class ToleranceStudy:
     grid: tuple[float, ...]
     epsilon: float
     follows_rates: bool
-    """Whether reported seeds trained up to the edge, so that it is known how far a rate can be pushed."""
+    """Whether edges were looked for, so that it is known how far a rate can be pushed."""
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
@@ -476,7 +476,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         seeds=about.seeds,
         grid=grid,
         epsilon=float(asked["epsilon"]),
-        follows_rates=not about.seeds or asked["report"] in ("all", "near"),
+        follows_rates=asked["report"] in ("all", "near"),
         search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},

@@ -91,8 +91,8 @@ def _best(study: ToleranceStudy) -> str:
 
 
 _SIGNS = {
-    r" edge( |$)": "edge: lowest or highest rate tried, so no optimum; beside a loss or a comparison, it stands on a "
-    "best rate like that. What is compared at it is no result.",
+    r" edge( |$)": "edge: lowest or highest rate (or batch) tried, so no optimum; beside a loss or a comparison, it "
+    "stands on a best rate like that. What is compared at it is no result.",
     r"^unstable": "unstable (k of n): k of n seeds are not stable at the best rate, so no mean is given: one over the "
     "others would flatter.",
     r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at the best rate so far.",

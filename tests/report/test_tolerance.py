@@ -357,7 +357,7 @@ def test_an_end_is_marked_wherever_something_stands_on_it(tmp_path: Path) -> Non
     assert marks(f"{against}{escaped[1]}", "ours") == [False, True, False, True]
     assert marks(f"{against}{escaped[2]}", "ours") == [False, False, False, False]
     assert row_of(text, "Loss minus base's, each at its own best rate", "ours")[1].split(" edge ")[1].startswith(r"\[")
-    assert text.count("edge: lowest or highest rate tried") == 1
+    assert text.count("edge: lowest or highest rate (or batch) tried") == 1
     console = Console(file=io.StringIO(), width=250)
     console.print(rich_tolerance(study))
     page = re.sub(r"<[^>]*>", "", write_study_report(folder).read_text(encoding="utf-8"))
