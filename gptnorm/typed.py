@@ -53,6 +53,9 @@ def _one_line(errors: list[ErrorDetails], cls: Any, table: dict[str, Any], key: 
     path, value, owner = _locate(errors[0]["loc"], table, cls)
     name = ".".join(filter(None, [key, *path]))
     here = [e for e in errors if _locate(e["loc"], table, cls)[0] == path]
+    missing = errors[0]["loc"][-1:] if errors[0]["type"] == "missing" else ()
+    if missing and isinstance(missing[0], str):
+        return UserError(f"{'.'.join(filter(None, [name, missing[0]]))}: is missing")
     # A wrong entry also makes its list too short; the entry is what the person got wrong.
     here = [e for e in here if e["type"] != "too_short"] or here
     if any(e["type"] in ("unexpected_keyword_argument", "extra_forbidden") for e in here):

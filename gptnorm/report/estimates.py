@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptnorm.report.format import MISSING, loss_text, lr_text
+from gptnorm.report.format import MISSING, loss_text, short_text
 from gptnorm.report.grids import Entry, Stacked
 from gptnorm.study.measures import Bound, Estimate, Kept
 
@@ -10,14 +10,9 @@ EDGE = "edge"
 """Marks a best rate that is the lowest or highest tried, and what is compared at one."""
 
 
-def rate_text(lr: float) -> str:
-    """A computed rate, to three significant digits."""
-    return lr_text(float(f"{lr:.3g}"))
-
-
 def ratio_text(ratio: float) -> str:
     """A ratio to three significant digits: "3.10", "17.8", "1.52e3"."""
-    return f"{ratio:#.3g}".rstrip(".") if 0.01 <= ratio < 999.5 else rate_text(ratio)
+    return f"{ratio:#.3g}".rstrip(".") if 0.01 <= ratio < 999.5 else short_text(ratio)
 
 
 def difference_text(nats: float) -> str:
@@ -46,13 +41,13 @@ def rate_entry(found: Bound | None) -> Entry:
     """ "1.48e-2 [1.32e-2, 1.66e-2]", or "≥ 5.62e-2 [4.2e-2, ∞)" where no failure was seen."""
     if found is None:
         return MISSING
-    value = rate_text(found.value)
+    value = short_text(found.value)
     if found.at_least:
         value = f"≥ {value}"
-        return value if found.low is None else Stacked(value, f"[{rate_text(found.low)}, ∞)")
+        return value if found.low is None else Stacked(value, f"[{short_text(found.low)}, ∞)")
     if found.low is None or found.high is None:
         return value
-    return Stacked(value, f"[{rate_text(found.low)}, {rate_text(found.high)}]")
+    return Stacked(value, f"[{short_text(found.low)}, {short_text(found.high)}]")
 
 
 def kept_entry(found: Kept | None) -> Entry:
@@ -60,13 +55,13 @@ def kept_entry(found: Kept | None) -> Entry:
     above, "–" for a lower end that is not known; "≤ 1.66e-2" where that is all that is known."""
     if found is None or (found.value is None and found.high is None):
         return MISSING
-    high = None if found.high is None else rate_text(found.high)
+    high = None if found.high is None else short_text(found.high)
     if found.value is None:
         return f"≤ {high}"
-    value = f"≥ {rate_text(found.value)}" if found.at_least else rate_text(found.value)
+    value = f"≥ {short_text(found.value)}" if found.at_least else short_text(found.value)
     if found.seeds == 1:
         return value
-    low = MISSING if found.low is None else rate_text(found.low)
+    low = MISSING if found.low is None else short_text(found.low)
     return Stacked(value, f"[{low}, ∞)" if high is None else f"[{low}, {high}]")
 
 

@@ -16,6 +16,11 @@ def lr_text(lr: float) -> str:
     return mantissa if int(exponent) == 0 else f"{mantissa}e{int(exponent)}"
 
 
+def short_text(number: float) -> str:
+    """A computed rate, or a count too long to read, to three significant digits: "1.48e-2", "1.03e12"."""
+    return lr_text(float(f"{number:.3g}"))
+
+
 def loss_text(loss: float | None) -> str:
     """A loss or a spread of losses in nats, with four decimals."""
     return MISSING if loss is None else f"{loss:.4f}"

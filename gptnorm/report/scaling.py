@@ -6,8 +6,8 @@ $M = C / D$ those per token, which stands for the size: six times the weights th
 | law | fitted to |
 |---|---|
 | $L = a\, C^{-b}$ | the frontier: each model and text at its best batch, of these what no cheaper one matches |
-| $\eta^* \propto M^\alpha D^\beta B^\gamma$ | every place with an optimum |
-| $B^* \propto M^\alpha D^\beta$ | every model and text with an optimum among three batches or more |
+| $\eta^* \propto M^\alpha D^\beta B^\gamma$ | the places where every reported seed has an optimum |
+| $B^* \propto M^\alpha D^\beta$ | each model and text where every one has an optimum among three batches or more |
 
 The forms are those of Kaplan et al. 2020 (arXiv 2001.08361) and, but for M in place of their weights and B in the
 second, Li et al. 2025 (arXiv 2503.04715). The first has no irreducible loss, so it says nothing beyond the places.
@@ -30,6 +30,7 @@ import numpy as np
 from gptnorm.report.budgets import Curve, speed_up
 from gptnorm.report.optimum import Point, best_rate
 from gptnorm.report.tolerance import ToleranceStudy, Track
+from gptnorm.study import measures
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import Estimate, mean_of
 
@@ -75,13 +76,12 @@ class Spot:
     @property
     def picked_rate(self) -> float | None:
         """The best rate of the picking seeds' mean; None where it is no optimum."""
-        return _vertex([(p.lr, p.loss if p.stable else None) for p in self.track.picked])
+        return _best_rate(self.track.picked)
 
     @property
     def rates(self) -> dict[int, float]:
         """The best rate of each reported seed, of those that have an optimum."""
-        curves = {seed: self.track.curve(seed) for seed in self.track.seeds}
-        found = {seed: _vertex([(p.lr, p.loss if p.stable else None) for p in curve]) for seed, curve in curves.items()}
+        found = {seed: _best_rate(self.track.curve(seed)) for seed in self.track.seeds}
         return {seed: rate for seed, rate in found.items() if rate is not None}
 
 
@@ -207,6 +207,10 @@ def fit_law(values: Mapping[int, Sequence[float]], columns: Mapping[str, Sequenc
         rms=float(np.sqrt(np.mean(left**2))),
         points=points,
     )
+
+
+def _best_rate(curve: Sequence[measures.Point]) -> float | None:
+    return _vertex([(point.lr, point.loss if point.stable else None) for point in curve])
 
 
 def _vertex(points: Sequence[tuple[float, float | None]]) -> float | None:

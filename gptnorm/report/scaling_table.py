@@ -1,12 +1,12 @@
-"""Tables of a tolerance or scaling study whose places differ in compute: the laws, and each place by itself."""
+"""Tables and sentences of a tolerance or scaling study whose places differ in compute: what its laws say."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from gptnorm.report.estimates import ratio_entry, side
-from gptnorm.report.format import MISSING, lr_text, names_text
+from gptnorm.report.estimates import marked, ratio_entry, side
+from gptnorm.report.format import MISSING, names_text, short_text
 from gptnorm.report.grids import Entry, Grid, Stacked
 from gptnorm.report.scaling import (
     Law,
@@ -83,19 +83,14 @@ def scaling_words() -> dict[str, str]:
         "along our frontier; between places the loss is a line in ln(compute), beyond them only a bound is known.",
         "est rate against size": "Best rate, best batch: vertex of the parabola through the lowest loss and its two "
         "neighbours, against the logarithm, seed by seed; without an interval where reported seeds trained at one rate "
-        "alone, so that it is the picking seeds'. A seed looks from "
-        "there on, so an interval holds no error of the picking.",
+        "alone, so that it is the picking seeds'. A seed looks from there on, so an interval holds no error of the "
+        "picking.",
         "exponent of": "Size: FLOPs per token; text: tokens of the run; batch: tokens per step. Exponents: least "
         "squares on logarithms, seed by seed.",
         "left over": "Left over: root mean square of what the line leaves of the mean over seeds, relative. The "
         "interval of an exponent says how far seeds agree, not how straight the line is.",
         "FLOPs": "FLOPs: of a whole run, forward and backward, matrix products and attention.",
     }
-
-
-def flops_text(flops: float) -> str:
-    """ "1.03e12"."""
-    return lr_text(float(f"{flops:.3g}"))
 
 
 def spot_text(spot: Spot) -> str:
@@ -111,7 +106,7 @@ def _loss_law(spots: dict[str, list[Spot]]) -> Grid | None:
     for name, mine in spots.items():
         law, found = laws[name], frontier(mine)
         exponent = _exponent_entry(law.exponents["C"], -1) if law else MISSING
-        ends = f"{flops_text(found[0].flops)} to {flops_text(found[-1].flops)}" if found else MISSING
+        ends = f"{short_text(found[0].flops)} to {short_text(found[-1].flops)}" if found else MISSING
         rows.append((name, exponent, _rms(law), str(len(found)), ends))
     head = ("strategy", "b", "left over, rms", "places on the frontier", "FLOPs from, to")
     return Grid(title=LOSS_LAW, head=head, rows=tuple(rows), words=1)
@@ -125,7 +120,7 @@ def _saving(study: ToleranceStudy, spots: dict[str, list[Spot]]) -> Grid | None:
     )
     if all(entry == MISSING for row in rows for entry in row[1:]):
         return None
-    head = ("strategy", *(f"at {flops_text(flops)} FLOPs" for flops in budgets))
+    head = ("strategy", *(f"at {short_text(flops)} FLOPs" for flops in budgets))
     return Grid(title=SAVING.format(study.baseline), head=head, rows=rows, words=1)
 
 
@@ -162,7 +157,7 @@ def _batch(group: Sequence[Spot]) -> Entry:
         return "none"
     if len(found) < len(group[0].track.seeds):
         best = min(group, key=lambda spot: spot.picked_loss)
-        return f"{best.batch:,} edge" if best.batch in (group[0].batch, group[-1].batch) else f"{best.batch:,}"
+        return marked(f"{best.batch:,}", best.batch in (group[0].batch, group[-1].batch))
     mean = geometric_mean(list(found.values()))
     if mean.low is None or mean.high is None:
         return f"{mean.value:,.0f}"

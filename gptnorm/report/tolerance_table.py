@@ -8,7 +8,7 @@ from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
-from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, value_text
+from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
@@ -199,15 +199,13 @@ def _places(study: ToleranceStudy) -> Grid:
     names = study.about.strategies
     found = [(place, next(iter(place.own.values()), None)) for place in study.places]
     columns = {
-        "tokens": [track.tokens if track else None for _, track in found],
-        "FLOPs": [track.flops if track else None for _, track in found],
+        "tokens": [count_text(track.tokens if track else None) for _, track in found],
+        "FLOPs": [short_text(track.flops) if track and track.flops else MISSING for _, track in found],
     }
-    shown = {head: values for head, values in columns.items() if len(set(values) - {None}) > 1}
+    shown = {head: values for head, values in columns.items() if len(set(values) - {MISSING}) > 1}
     rows = []
     for index, (place, track) in enumerate(found):
-        size = [
-            count_text(values[index]) if head == "tokens" else _power(values[index]) for head, values in shown.items()
-        ]
+        size = [values[index] for values in shown.values()]
         losses = [_loss_and_rate(place.own.get(name)) for name in names]
         settings = [value_text(value) for _, value in place.told]
         rows.append(((track.flops if track else None) or 0.0, (*settings, *size, *losses)))
@@ -221,10 +219,6 @@ def _loss_and_rate(track: Track | None) -> Entry:
     if track is None or track.best is None:
         return _best(track)
     return f"{loss} {rate}" if isinstance(loss, str) else Stacked(f"{loss.value} {rate}", loss.below)
-
-
-def _power(number: float | None) -> str:
-    return MISSING if number is None else lr_text(float(f"{number:.3g}"))
 
 
 def _title(title: str, place: Place) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from tolerance_folders import ENTROPY, VOCAB, Bowl, line, lines_of, make_tolerance
 
 from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
-from gptnorm.report.estimates import rate_text
+from gptnorm.report.format import short_text
 from gptnorm.report.html import write_study_report
 from gptnorm.report.tolerance_notes import notes, stability_note
 from gptnorm.report.tolerance_plots import tolerance_bars
@@ -137,7 +137,7 @@ def test_at_most_the_baselines_best_loss_in_every_case(tmp_path: Path) -> None:
     half = high - mean
 
     def rate(nats: float) -> str:
-        return rate_text(RATES[3] * 2 ** (nats / SLOPE))
+        return short_text(RATES[3] * 2 ** (nats / SLOPE))
 
     assert beats_of(tmp_path, mean + half / 2) == rf"{rate(half / 2)} \[–, {rate(1.5 * half)}]"
     assert beats_of(tmp_path, mean + 2 * half) == rf"{rate(2 * half)} \[{rate(half)}, {rate(3 * half)}]"

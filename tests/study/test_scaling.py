@@ -86,6 +86,12 @@ def test_what_is_wrong_is_said_by_name(study):
         assert words in str(error.value), setting
 
 
+def test_a_recipe_without_models_is_told_so():
+    with pytest.raises(UserError) as error:
+        Scaling().read(load_recipe("study/tolerance"), ())
+    assert str(error.value) == "study.models: is missing"
+
+
 def test_it_runs_and_grows(study, tmp_path, in_process):
     def ask(*settings):
         return run_study(Scaling(), str(study), (*RUN, *settings), tmp_path / "out", Console(quiet=True))
