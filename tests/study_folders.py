@@ -9,11 +9,11 @@ from gptnorm.study import pool
 SMALL = ("train.steps=4", "watch.every=0", "train.eval_batches=1", "checkpoint.final=false")
 
 
-def cells_in_process(wanted, shards, folder, workers, console):
+def cells_in_process(wanted, texts, folder, workers, console):
     """Cells one after the other in this process, in place of `gptnorm.study.pool.run_cells`."""
     while cells := wanted():
         cell = cells[0]
-        yield cell, pool._run_cell(cell.config, shards, folder / cell.folder, cell.folder, cell.measured)
+        yield cell, pool._run_cell(cell, texts, folder)
 
 
 def lines(folder):

@@ -125,6 +125,13 @@ class Shards:
             return None
         return self.manifest["val"]["text_bytes"] / self.manifest["val"]["tokens"]
 
+    @property
+    def tokenizer(self) -> tuple[str | None, int] | None:
+        """Equal where equal ids mean equal text; None without a manifest, which says nothing."""
+        if not self.manifest:
+            return None
+        return self.manifest["tokenizer_sha256"], self.manifest["end_of_text"]
+
     @classmethod
     def open(cls, folder: str | Path) -> Shards:
         """Map the shards in a folder and check their sizes; `verify` checks their contents.

@@ -245,19 +245,15 @@ def _check_tokenizer(name: str, shards: Shards, own: Own) -> None:
             return
         raise bad_value("--data", name, "shards without a manifest.json do not say which tokenizer they are of")
     if own.shards is None:
-        mine: tuple[object, ...] = (None, ByteTokenizer.end_of_text)
+        mine = (None, ByteTokenizer.end_of_text)
     elif own.shards.manifest:
-        mine = _tokenizer_of(own.shards)
+        mine = own.shards.tokenizer
     else:
         reason = "the shards that the run was trained on have no manifest.json to compare its tokenizer with"
         raise bad_value("--data", name, reason)
-    if _tokenizer_of(shards) != mine:
+    if shards.tokenizer != mine:
         reason = "its shards are of another tokenizer than the run's; give the text itself, which the run's will read"
         raise bad_value("--data", name, reason)
-
-
-def _tokenizer_of(shards: Shards) -> tuple[object, ...]:
-    return shards.manifest["tokenizer_sha256"], shards.end_of_text
 
 
 def _is_of_corpus(shards: Shards, corpus: Corpus) -> bool:

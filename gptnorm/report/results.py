@@ -145,6 +145,8 @@ class About:
     strategies: tuple[str, ...]
     seeds: tuple[int, ...]
     data: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+    """Where there are several, each by its name, with what `data` says of one."""
     shared: dict[str, Any]
     differing: dict[str, dict[str, Any]]
     environments: tuple[dict[str, Any], ...]
@@ -260,6 +262,7 @@ def read_about(folder: Path, raw: dict[str, Any]) -> About:
         strategies=tuple(str(name) for name in _grid(raw, "strategies", path)),
         seeds=tuple(int(seed) for seed in _grid(raw, "seeds", path, fewest=0)),
         data=dict(raw.get("data") or {}),
+        texts={str(name): dict(text) for name, text in (raw.get("texts") or {}).items()},
         shared=dict(settings.get("shared") or {}),
         differing={key: dict(values) for key, values in (settings.get("differing") or {}).items()},
         environments=tuple(dict(part) for part in raw.get("environments") or ()),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from gptnorm.records import finite
@@ -176,18 +177,9 @@ def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = 
     Args:
         seeds: the seeds in words; default: those of the study, listed.
     """
-    data = study.data
     items = [
         ("Recipe", study.recipe or "not recorded"),
-        ("Data", value_text(data.get("path"))),
-        ("Data fingerprint", value_text(data.get("fingerprint"))),
-        ("Tokenizer", value_text(data.get("tokenizer"))),
-        (
-            "Tokens",
-            f"{count_text(finite(data.get('train_tokens')))} training, "
-            f"{count_text(finite(data.get('val_tokens')))} validation",
-        ),
-        ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
+        *_data_pairs(study),
         ("Seeds", ", ".join(str(seed) for seed in study.seeds) if seeds is None else seeds),
         *(pair for environment in study.environments for pair in environment_pairs(environment)),
         ("Wall time", duration_text(study.seconds)),
@@ -199,6 +191,33 @@ def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = 
     if cells:
         content.append(page.details(f"Every run ({len(cells)})", [_run_table(study.folder, cells)]))
     return page.section("How it was run", content)
+
+
+def _data_pairs(study: About) -> list[tuple[str, str]]:
+    data = study.data
+
+    def tokens(text: Mapping[str, Any]) -> str:
+        training, validation = (count_text(finite(text.get(f"{split}_tokens"))) for split in ("train", "val"))
+        return f"{training} training, {validation} validation"
+
+    tokenizer = ("Tokenizer", value_text(data.get("tokenizer")))
+    if study.texts:
+        found = [
+            (
+                f"Text {name}",
+                f"tokens: {tokens(text)}; fingerprint {value_text(text.get('fingerprint'))}; unigram entropy "
+                f"{loss_text(finite(text.get('unigram_entropy')))} nats",
+            )
+            for name, text in study.texts.items()
+        ]
+        return [tokenizer, *found]
+    return [
+        ("Data", value_text(data.get("path"))),
+        ("Data fingerprint", value_text(data.get("fingerprint"))),
+        tokenizer,
+        ("Tokens", tokens(data)),
+        ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
+    ]
 
 
 def _run_table(folder: Path, cells: Sequence[Cell]) -> Markup:

@@ -33,6 +33,7 @@ from gptnorm.errors import UserError
 from gptnorm.records import finite, read_lines, read_object
 from gptnorm.report.results import About, Cell, read_about
 from gptnorm.study.cell import Pairs, as_pairs
+from gptnorm.study.ledger import text_of
 from gptnorm.study.measures import (
     Bound,
     Edge,
@@ -71,6 +72,8 @@ class Trial:
     """Peak bytes on a GPU."""
     flops: float | None
     """Of the whole run; `gptnorm.plan.flops`."""
+    elsewhere: Mapping[str, float | None]
+    """Loss on other texts, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,19 @@ class Track:
     def nonlinearity(self) -> Estimate | None:
         return self._mean(lambda trial: trial.nonlinearity)
 
+    def elsewhere(self, text: str) -> Estimate | None:
+        """Loss on another text, at the best rate on the own; None where a seed failed."""
+        return mean_of(list(found.values())) if (found := self.elsewhere_by_seed(text)) and not self.failed else None
+
+    def elsewhere_by_seed(self, text: str) -> dict[int, float]:
+        """By reported seed; those that failed at the best rate are missing."""
+        trials = {seed: self._at_best(seed) for seed in self.losses}
+        return {
+            seed: loss
+            for seed, trial in trials.items()
+            if trial is not None and (loss := trial.elsewhere.get(text)) is not None
+        }
+
     @property
     def memory(self) -> float | None:
         """Peak bytes on a GPU, the largest of any run."""
@@ -271,6 +287,12 @@ class Pair:
             return None
         return paired_difference(self.ours.losses, self.theirs.losses)
 
+    def difference_on(self, text: str) -> Estimate | None:
+        """`difference`, on another text."""
+        if self.ours.failed or self.theirs.failed:
+            return None
+        return paired_difference(self.ours.elsewhere_by_seed(text), self.theirs.elsewhere_by_seed(text))
+
     @property
     def edge_ratio(self) -> Bound | None:
         """How many times as far out our edge is."""
@@ -303,6 +325,8 @@ class Place:
     tracks: tuple[Track, ...]
     """Every strategy with every setting that was tried."""
     baseline: str
+    entropy: float | None
+    """Unigram entropy of its text, in nats."""
 
     @property
     def name(self) -> str:
@@ -353,6 +377,8 @@ class ToleranceStudy:
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
+    evaluated: tuple[str, ...]
+    """Texts that every run was evaluated on beside its own."""
     complete: bool
     """Whether the study had come to its end when it was last worked on."""
     wanted_places: int
@@ -374,6 +400,12 @@ class ToleranceStudy:
         """The same without their tables, "steps" for "train.steps", where that is clear."""
         short = tuple(key.rpartition(".")[2] for key in self.mapped)
         return short if len(set(short)) == len(short) else self.mapped
+
+    @property
+    def entropy(self) -> float | None:
+        """Unigram entropy of the text; None where it is not known, or each place has its own."""
+        found = {place.entropy for place in self.places} or {self.about.unigram_entropy}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -427,7 +459,8 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     trials: dict[tuple[str, Pairs, Pairs], dict[str, Trial]] = {}
     for line in read_lines(folder / "cells.jsonl"):
         try:
-            trial = _read_trial(line, stability, about.unigram_entropy)
+            text = text_of(raw, line.get("place") or {})
+            trial = _read_trial(line, stability, finite(text.get("unigram_entropy")))
             key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{folder / 'cells.jsonl'}: a line lacks strategy, lr or seed: {line!r}") from None
@@ -449,7 +482,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
             grid=grid,
             epsilon=float(asked["epsilon"]),
             worse=stability.worse,
-            cap=_cap(raw),
+            cap=_cap(text_of(raw, dict(place))),
             steps=None if steps is None else int(steps),
             step_tokens=None if step_tokens is None else int(step_tokens),
         )
@@ -468,6 +501,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
                     track(*key) for name in about.strategies for key in trials if key[0] == name and key[1] == place
                 ),
                 baseline=baseline,
+                entropy=finite(text_of(raw, dict(place)).get("unigram_entropy")),
             )
             for place in sorted(places, key=lambda place: order.get(place, len(order)))
         ),
@@ -480,6 +514,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},
+        evaluated=tuple(map(str, asked.get("evaluate", ()))),
         complete=raw.get("complete", True) is True,
         wanted_places=max(1, len(order)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
@@ -499,12 +534,13 @@ def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | 
         nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
         memory=finite(line.get("memory")),
         flops=finite(line.get("flops")),
+        elsewhere={str(name): finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
     )
 
 
-def _cap(raw: Mapping[str, Any]) -> float | None:
+def _cap(text: Mapping[str, Any]) -> float | None:
     """ln V, the loss of a model that knows nothing."""
-    vocab = finite((raw.get("data") or {}).get("vocab"))
+    vocab = finite(text.get("vocab"))
     return math.log(vocab) if vocab else None
 
 

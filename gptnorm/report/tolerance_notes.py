@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from gptnorm.report.budget_table import EQUAL_TIME, SPEED_UP
+from gptnorm.report.elsewhere_table import ON_EACH
 from gptnorm.report.format import MISSING, loss_text, lr_text, names_text, plural
 from gptnorm.report.grids import Grid
 from gptnorm.report.scaling_table import scaling_words
@@ -53,11 +54,11 @@ def partial_notes(study: ToleranceStudy) -> list[str]:
 def stability_note(study: ToleranceStudy) -> str:
     """When a run counts as stable, with the numbers of this study."""
     rules = ["the run finished"]
-    entropy = study.about.unigram_entropy
-    if math.isfinite(study.stability.margin) and entropy is not None:
+    if math.isfinite(study.stability.margin) and any(place.entropy is not None for place in study.places):
+        value = "that of its text" if study.entropy is None else loss_text(study.entropy)
         rules.append(
-            f"its validation loss is {study.stability.margin:g} nats or more below the unigram entropy, "
-            f"{loss_text(entropy)} (the loss of a model that knows token frequencies alone)"
+            f"its validation loss is {study.stability.margin:g} nats or more below the unigram entropy, {value} (the "
+            "loss of a model that knows token frequencies alone)"
         )
     if math.isfinite(study.stability.rise):
         rules.append(
@@ -133,6 +134,8 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "picking seeds.",
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
+        ON_EACH: "On each text: mean loss over as many validation windows as of the own text, of the model as it was "
+        "trained on the own.",
         EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "
         "per step; no number where that is outside the budgets.",
         **scaling_words(),

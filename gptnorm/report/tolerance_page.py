@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gptnorm.report import page
 from gptnorm.report.budget_table import budget_grids
+from gptnorm.report.elsewhere_table import elsewhere_grids
 from gptnorm.report.format import plural
 from gptnorm.report.grids import Grid, grid_table
 from gptnorm.report.page import Markup, tag
@@ -39,6 +40,7 @@ def tolerance_page(study: ToleranceStudy) -> str:
         tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
         *_scaling(study),
         *_overview(study),
+        *(_titled(grid) for grid in elsewhere_grids(study)),
         *places,
         page.section("What the words mean", [words]),
         settings_section(about),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gptnorm.report.curves import curves_of
+from gptnorm.report.elsewhere_table import short_names
 from gptnorm.report.figure import (
     INK,
     MUTED,
@@ -39,6 +39,9 @@ from gptnorm.report.loss_axes import (
 from gptnorm.report.plots import RateCurve, rate_panels
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
 from gptnorm.study.measures import Estimate, Kept
+
+RATE = "largest stable rate"
+"""Names its panel, whose numbers are ratios."""
 
 _WIDTH = 4.8
 _PANEL = 3.7
@@ -130,7 +133,7 @@ def loss_against_rate(study: ToleranceStudy, place: Place, prefix: str) -> str |
             if name in lanes:
                 share = (lanes.index(name) + 0.5) / len(lanes)
                 _draw_marks(axes, lines[name], look(index), high, 1 - strip * (0.04 + 0.92 * share))
-        entropy_line(axes, study.about.unigram_entropy, low, high)
+        entropy_line(axes, place.entropy, low, high)
         lrs = [lr for name in lines for lr in place.own[name].lrs]
         axes.set_xlim(min(lrs) / 1.3, max(lrs) * 1.3)
         log_ticks(axes.xaxis)
@@ -213,7 +216,7 @@ def tolerance_bars(study: ToleranceStudy, place: Place, prefix: str) -> str | No
         return to_svg(figure, prefix)
 
 
-def _bar_keys(study: ToleranceStudy) -> list[tuple[Any, str]]:
+def _bar_keys(study: ToleranceStudy) -> list[tuple[Line2D, str]]:
     dot = Line2D([], [], linestyle="", marker="o", color=MUTED, markersize=7)
     near = Line2D([], [], linestyle="", marker="|", color=INK, markersize=11, markeredgewidth=2.2)
     beats = Line2D([], [], linestyle="", marker="v", color=INK, markerfacecolor="white", markeredgewidth=1.4)
@@ -260,43 +263,52 @@ def _draw_bar(axes: Axes, row: int, track: Track, how: Look, limits: tuple[float
 def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     """(what, SVG) pairs: every strategy against the baseline over places; none for fewer than two.
 
-    Loss minus the baseline's, and the ratio of the edges, with their intervals. Only a lower end: a triangle there.
+    Loss minus the baseline's, that on every other text, and the ratio of the edges, with their intervals. Only a lower
+    end: a triangle there.
     """
+    if len(study.places) < 2:
+        return []
     pairs = [place.pairs(tuned=False) for place in study.places]
-    differences = [{name: pair.difference for name, pair in at_place.items()} for at_place in pairs]
-    ratios = [{name: _with_interval(pair) for name, pair in at_place.items()} for at_place in pairs]
-    found = []
-    for what, values, neutral in (("loss", differences, 0.0), ("rate", ratios, 1.0)):
-        known = what == "loss" or study.follows_rates
-        if known and len(study.places) > 1 and any(value for at_place in values for value in at_place.values()):
-            found.append((what, _place_panel(study, what, values, neutral)))
-    return found
+
+    def over_places(value: Callable[[Pair], Estimate | None]) -> list[dict[str, Estimate | None]]:
+        return [{name: value(pair) for name, pair in at_place.items()} for at_place in pairs]
+
+    found = [("loss", over_places(lambda pair: pair.difference))]
+    for text, name in short_names(study.evaluated).items():
+        found.append((f"loss on {name}", over_places(lambda pair, text=text: pair.difference_on(text))))
+    if study.follows_rates:
+        found.append((RATE, over_places(_with_interval)))
+    return [
+        (what, _place_panel(study, what, values, f"places{index}"))
+        for index, (what, values) in enumerate(found)
+        if any(value for at_place in values for value in at_place.values())
+    ]
 
 
-def _place_panel(study: ToleranceStudy, what: str, values: Sequence[dict[str, Any]], neutral: float) -> str:
-    others = list(study.others)
+def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str, Estimate | None]], prefix: str) -> str:
+    others, base = list(study.others), study.baseline
     with style():
         names = [", ".join(value_text(value) for _, value in place.told) for place in study.places]
         steep = sum(map(len, names)) > 36
         figure = new_figure(_PANEL, 2.9 + legend_height(others, _PANEL) + (0.06 * max(map(len, names)) if steep else 0))
         axes = figure.add_subplot()
-        if what == "rate":
+        if what == RATE:
             axes.set_yscale("log")
-        axes.axhline(neutral, color=MUTED, linestyle=":", linewidth=1.5)
+        axes.axhline(1.0 if what == RATE else 0.0, color=MUTED, linestyle=":", linewidth=1.5)
         for index, name in enumerate(others):
             shift = 0.5 * (index - (len(others) - 1) / 2) / max(len(others), 3)
-            points = [(x + shift, at_place[name]) for x, at_place in enumerate(values) if at_place.get(name)]
+            points = [(x + shift, value) for x, at_place in enumerate(values) if (value := at_place.get(name))]
             _draw_points(axes, name, points, look(study.about.strategies.index(name)))
-        if what == "rate":
+        if what == RATE:
             log_ticks(axes.yaxis)
         axes.set_xticks(range(len(names)), names, rotation=45 if steep else 0, ha="right" if steep else "center")
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_xlabel(", ".join(study.heads))
-        title = f"loss minus {study.baseline}'s" if what == "loss" else f"largest stable rate over {study.baseline}'s"
+        title = f"{RATE} over {base}'s" if what == RATE else what.replace("loss", f"loss minus {base}'s", 1)
         axes.set_title(title, fontsize=10)
-        axes.set_ylabel("nats per token" if what == "loss" else "times")
+        axes.set_ylabel("times" if what == RATE else "nats per token")
         legend_below(figure, axes)
-        return to_svg(figure, f"places-{what}")
+        return to_svg(figure, prefix)
 
 
 def _draw_points(axes: Axes, name: str, points: Sequence[tuple[float, Estimate]], how: Look) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
+from gptnorm.report.elsewhere_table import elsewhere_grids
 from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
 from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
@@ -27,7 +28,7 @@ def grids(study: ToleranceStudy) -> list[Grid]:
 
     Where these say all that is known of several places, the tables of each by itself are left to the page.
     """
-    found = [*overview_grids(study), *budget_grids(study), *scaling_grids(study)]
+    found = [*overview_grids(study), *budget_grids(study), *scaling_grids(study), *elsewhere_grids(study)]
     if len(study.places) < 2 or study.follows_rates or study.tune:
         for place in study.places:
             found += place_grids(study, place)

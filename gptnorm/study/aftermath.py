@@ -5,12 +5,14 @@
 | signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
 | nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
 | | `flops`: of the whole run as it was planned, `gptnorm.plan.flops` |
+| | `elsewhere`: loss on the validation windows of each of `Cell.evaluated`, as on the run's own; None if it diverged |
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,21 @@ from gptnorm.model import GPT, build_gpt
 from gptnorm.plan.flops import count_flops
 from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
 from gptnorm.recipe import dump_toml
-from gptnorm.study.cell import Measured
+from gptnorm.records import finite
+from gptnorm.study.cell import Cell, Measured
 from gptnorm.study.signal import signal
+from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.checkpoint import latest_checkpoint, load_model
-from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
+from gptnorm.train.inputs import autocast, check_vocab, open_batches, resolve_device
 from gptnorm.train.loop import Result, start_run
 from gptnorm.train.progress import Watcher
 
 
 def run_and_measure(
-    config: Config, shards: Shards, folder: Path, watcher: Watcher, measured: Measured | None
+    cell: Cell, texts: Mapping[str, Shards], folder: Path, watcher: Watcher
 ) -> tuple[Result, dict[str, Any]]:
     """A run, and the fields of the module's table."""
+    config, measured, shards = cell.config, cell.measured, texts[cell.text]
     if measured is None:
         return start_run(config, shards, folder, watcher), {}
     # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it.
@@ -45,6 +50,7 @@ def run_and_measure(
 
     model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
     found: dict[str, Any] = {"init": None, "trained": None}
+    elsewhere: dict[str, float | None] = dict.fromkeys(cell.evaluated)
     if measured == "signal":
         sampler, _ = open_batches(config, shards)
         first = np.split(sampler.batch(0), config.train.accumulate)[0]
@@ -55,6 +61,8 @@ def run_and_measure(
     if result.status == "finished" and checkpoint is not None:
         load_model(checkpoint, model)
         found["trained"] = _measure(measured, model, config, shards)
+        prepare_blocks(model, "none", compiled=False, float8=config.train.precision == "fp8")
+        elsewhere = {name: _loss(model, config, texts[name]) for name in cell.evaluated}
         every = config.checkpoint.every
         if not config.checkpoint.final and not (every and result.step % every == 0):
             shutil.rmtree(checkpoint)
@@ -63,7 +71,21 @@ def run_and_measure(
         return result, {"signal": found}
     train = config.train
     flops = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
-    return result, {"nonlinearity": found["trained"], "flops": flops}
+    other = {"elsewhere": elsewhere} if elsewhere else {}
+    return result, {"nonlinearity": found["trained"], "flops": flops, **other}
+
+
+@torch.no_grad()
+def _loss(model: GPT, config: Config, shards: Shards) -> float | None:
+    """Mean over the validation windows, in nats per token; None: not finite."""
+    _, validation = open_batches(config, shards)
+    device = model.embed.weight.device
+    model.eval()
+    total = 0.0
+    for windows in validation:
+        with autocast(config, device):
+            total += float(model.loss(torch.from_numpy(windows).to(device))) * len(windows)
+    return finite(total / sum(map(len, validation)))
 
 
 def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,11 @@ class Setup:
         return as_overrides(dict((*self.follows, *self.place, *self.variant)))
 
 
+def text_name(path: str | Sequence[str]) -> str:
+    """What a text is called: `data.path`, of a list its entries."""
+    return path if isinstance(path, str) else ", ".join(path)
+
+
 def hashable(value: Any) -> Any:
     """A setting's value, a list of them as a tuple."""
     return tuple(value) if isinstance(value, list) else value
@@ -67,6 +72,13 @@ class Cell:
     setup: Setup = Setup()
     """What a tolerance study sets."""
     measured: Measured | None = None
+    evaluated: tuple[str, ...] = ()
+    """Texts that the trained model is evaluated on beside its own; `gptnorm.study.texts`."""
+
+    @property
+    def text(self) -> str:
+        """The name of what it trains on, as the place says it, if it does."""
+        return text_name(dict(self.setup.place).get("data.path", self.config.data.path))
 
     @property
     def label(self) -> str:
@@ -76,7 +88,8 @@ class Cell:
     @property
     def folder(self) -> str:
         """Relative to the study folder."""
-        label = f"{self.label}/" if self.label else ""
+        # A path among the settings is one level of it.
+        label = f"{self.label.replace('%', '%25').replace('/', '%2F')}/" if self.label else ""
         return f"cells/{self.strategy}/{label}lr-{self.lr!r}-seed-{self.seed}"
 
     @property

@@ -31,6 +31,8 @@ RESERVED = ("model.strategy", "optim.lr", "seed")
 FIXED = ("data.", "run.", "checkpoint.", "watch.", "parallel.", "study.")
 """Tables whose settings are the same in all cells: the runs would not be comparable, or not be made otherwise."""
 
+TEXT = "data.path"
+"""The one of them that strategies may be compared at, since each place is a comparison of its own."""
 
 BUDGET = ("model.", "moe.", "train.")
 """Tables whose settings make a run longer or a model larger: what has more of it has won nothing."""
@@ -91,6 +93,9 @@ class ToleranceConfig(StudyConfig):
     """Settings with the values at which strategies are compared: every combination is a comparison of its own."""
     places: tuple[dict[str, Any], ...] = ()
     """The same, each combination written out: tables of the same settings, one value each."""
+    evaluate: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that every run is evaluated on beside its own, on their validation windows; anything that `data.path`
+    takes, with the tokens of the run's own."""
     search: Search = Search()
     """How closely best and edge are bracketed."""
     stability: Stability = Stability()
@@ -171,6 +176,8 @@ def combinations(axes: Axes) -> list[Pairs]:
 
 
 def _refuse_fixed(name: str, where: str, values: Any) -> None:
+    if name == TEXT and not where.startswith("study.tune"):
+        return
     if name in RESERVED or name.startswith(FIXED):
         raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
 

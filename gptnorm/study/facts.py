@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gptnorm.data import Shards
 from gptnorm.recipe import Recipe, to_tree
 from gptnorm.study.ladder import SETS
 from gptnorm.study.ledger import Facts, split
+from gptnorm.study.texts import Texts, describe_texts
 from gptnorm.tables import flatten
-from gptnorm.train.inputs import check_vocab, refuse_unknown_ids
 
 VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
 """What differs from run to run in every study."""
@@ -21,26 +17,6 @@ VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
     from gptnorm.study.run import Plan
-
-
-def unigram_entropy(train: np.ndarray, val: np.ndarray, vocab: int) -> float:
-    """Loss in nats per token on `val` of the best model that knows token frequencies alone.
-
-    Frequencies are counted on `train` with one added to each, so that no token has none.
-    """
-    counts = _count(train, vocab) + 1.0
-    share = _count(val, vocab) / len(val)
-    return float(-(share * np.log(counts / counts.sum())).sum())
-
-
-def _count(tokens: np.ndarray, vocab: int) -> np.ndarray:
-    """How often each id occurs; in parts, since bincount makes eight bytes of every token."""
-    counts = np.zeros(vocab, np.int64)
-    for start in range(0, len(tokens), 1 << 24):
-        part = tokens[start : start + (1 << 24)]
-        refuse_unknown_ids(part, vocab)
-        counts += np.bincount(part, minlength=vocab)
-    return counts
 
 
 def split_settings(cells: list[Cell]) -> dict[str, Any]:
@@ -61,15 +37,16 @@ def split_settings(cells: list[Cell]) -> dict[str, Any]:
 def describe_study(
     recipe: Recipe,
     plan: Plan,
-    shards: Shards,
+    texts: Texts,
     overrides: Sequence[str],
     command: str,
     environment: dict[str, Any],
 ) -> Facts:
     """What `study.json` holds before the first cell has ended."""
-    study, config = plan.study, plan.samples[0].config
-    data, vocab = config.data, shards.vocab_size or check_vocab(config, shards)
-    entropy = unigram_entropy(shards.train, shards.val, vocab)
+    study, first = plan.study, plan.samples[0]
+    data, described = first.config.data, describe_texts(plan.samples, texts)
+    text = dict(described[first.text])
+    entropy = text.pop("unigram_entropy")
     return {
         "title": study.title,
         "recipe": recipe.name,
@@ -81,14 +58,12 @@ def describe_study(
         "data": {
             "path": data.path if isinstance(data.path, str) else list(data.path),
             "tokenizer": data.tokenizer,
-            "fingerprint": shards.fingerprint,
-            "vocab": check_vocab(config, shards),
-            "train_tokens": len(shards.train),
-            "val_tokens": len(shards.val),
+            **text,
         },
+        **({"texts": described} if len(described) > 1 else {}),
         "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
         "environments": [{key: value for key, value in environment.items() if key != "started"}],
-        "unigram_entropy": entropy if math.isfinite(entropy) else None,
+        "unigram_entropy": entropy,
         "seconds": None,
     }
 

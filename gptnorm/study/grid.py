@@ -18,7 +18,7 @@ from gptnorm.study.config import StudyConfig, read_table_of, refuse_other_ladder
 from gptnorm.study.join import Part
 from gptnorm.study.ladder import SETS, Axis, Rung, depth_rungs, width_rungs
 from gptnorm.study.ledger import Facts
-from gptnorm.study.run import Lines
+from gptnorm.study.run import Entropy, Lines
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class GridPlan:
     """All its cells."""
     part: Part
 
-    def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
+    def wanted(self, done: Lines, entropy: Entropy) -> list[Cell]:
         """Those of the part that have not ended."""
         number, parts = self.part
         return [cell for cell in self.samples[number - 1 :: parts] if cell.folder not in done]

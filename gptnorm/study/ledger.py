@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
 from gptnorm.records import read_lines, read_object
+from gptnorm.study.cell import text_name
 from gptnorm.tables import flatten
 
 Facts = dict[str, Any]
@@ -179,6 +180,8 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "places": _union(before.get("places", []), now["places"]),
         }
+    if "texts" in facts:
+        found["texts"] = {**earlier.get("texts", {}), **facts["texts"]}
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
     found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
     return found
@@ -204,12 +207,20 @@ def settings_by_strategy(facts: Facts) -> dict[str, dict[str, Any]]:
     }
 
 
+def text_of(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What study.json says of the text that runs with these settings train on, which name it where it is mapped."""
+    path = settings.get("data.path")
+    found = None if path is None else (facts.get("texts") or {}).get(text_name(path))
+    return found or {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
+
+
 def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     """What must be equal: key, value before, value now."""
     yield "recipe", earlier["recipe"], facts["recipe"]
     yield "ladder", earlier.get("ladder", {}).get("axis"), facts.get("ladder", {}).get("axis")
     a, b = (part.get("tolerance", {}) for part in (earlier, facts))
     yield "study.pick", a.get("pick"), b.get("pick")
+    yield "study.evaluate", a.get("evaluate", []), b.get("evaluate", [])
     before, now = (sorted((part.get("places") or [{}])[0]) for part in (a, b))
     yield "settings mapped", before, now
     before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
@@ -222,6 +233,9 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
             if not key.startswith(HOW):
                 yield key, a.get(key), b.get(key)
     yield "data.fingerprint", earlier["data"]["fingerprint"], facts["data"]["fingerprint"]
+    a, b = (part.get("texts", {}) for part in (earlier, facts))
+    for name in a.keys() & b.keys():
+        yield f"the text {name!r}", a[name]["fingerprint"], b[name]["fingerprint"]
     a, b = (part.get("ladder", {}).get("settings", {}) for part in (earlier, facts))
     for label in a.keys() & b.keys():
         yield label, a[label], b[label]

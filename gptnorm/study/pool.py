@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -24,8 +24,7 @@ from gptnorm.records import read_lines
 from gptnorm.study.outcome import Training, summarize
 
 if TYPE_CHECKING:
-    from gptnorm.config import Config
-    from gptnorm.study.cell import Cell, Measured
+    from gptnorm.study.cell import Cell
     from gptnorm.train.loop import Result
 
 
@@ -69,7 +68,7 @@ class _Reporter:
 
 
 def run_cells(
-    wanted: Callable[[], list[Cell]], shards: Path, folder: Path, workers: int, console: Console
+    wanted: Callable[[], list[Cell]], texts: Mapping[str, Path], folder: Path, workers: int, console: Console
 ) -> Iterator[tuple[Cell, Outcome]]:
     """Runs cells in `workers` processes and yields each with its outcome as it ends.
 
@@ -77,6 +76,7 @@ def run_cells(
 
     Args:
         wanted: the cells that are missing; asked at the start, and again whenever one has ended and was dealt with.
+        texts: the folder of each text's shards.
     """
     # Fresh interpreters: forking after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
@@ -94,8 +94,7 @@ def run_cells(
             asked.update(cell.folder for cell in new)
             display.add(new)
             for cell in new:
-                arguments = (cell.config, shards, folder / cell.folder, cell.folder, cell.measured)
-                future = pool.submit(_run_cell, *arguments)
+                future = pool.submit(_run_cell, cell, texts, folder)
                 futures[future] = cell
                 waiting.add(future)
 
@@ -138,19 +137,21 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_cell(config: Config, shards: Path, folder: Path, name: str, measured: Measured | None) -> Outcome:
+def _run_cell(cell: Cell, texts: Mapping[str, Path], study: Path) -> Outcome:
     import torch
 
     from gptnorm.data import Shards
     from gptnorm.study.aftermath import run_and_measure
     from gptnorm.train.inputs import resolve_device
 
+    folder = study / cell.folder
     # What a kill left of this run; it has not ended, or the ledger would have it.
     shutil.rmtree(folder, ignore_errors=True)
-    device = resolve_device(config.train.device)
+    device = resolve_device(cell.config.train.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    result, found = run_and_measure(config, Shards.open(shards), folder, _Reporter(name), measured)
+    shards = {name: Shards.open(texts[name]) for name in (cell.text, *cell.evaluated)}
+    result, found = run_and_measure(cell, shards, folder, _Reporter(cell.folder))
     losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line.get("split") == "train"]
     return Outcome(
         result=result,

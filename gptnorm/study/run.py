@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
-from gptnorm.data import Shards, prepare
 from gptnorm.environment import describe_environment
 from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
@@ -20,13 +19,17 @@ from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig
 from gptnorm.study.facts import describe_study
 from gptnorm.study.join import Part
-from gptnorm.study.ledger import Facts, Ledger
+from gptnorm.study.ledger import Facts, Ledger, text_of
 from gptnorm.study.pool import Outcome, run_cells
+from gptnorm.study.texts import Texts, prepare_texts
 from gptnorm.study.workers import workers_for
 from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
 
 Lines = Mapping[str, Mapping[str, Any]]
 """The ledger's line of each run that has ended, by the run's folder."""
+
+Entropy = Callable[[Mapping[str, Any]], float | None]
+"""Of a line: that of the validation tokens under training frequencies, in nats; None: not known."""
 
 
 class Plan(Protocol):
@@ -46,12 +49,8 @@ class Plan(Protocol):
         """What `study.json` says beside what it says of every study."""
         ...
 
-    def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
-        """The cells to run now, given those that have ended; none: the study is done.
-
-        Args:
-            entropy: of the validation tokens under training frequencies, in nats; None: not known.
-        """
+    def wanted(self, done: Lines, entropy: Entropy) -> list[Cell]:
+        """The cells to run now, given those that have ended; none: the study is done."""
         ...
 
 
@@ -115,11 +114,11 @@ def run_study(
         plan = kind.plan(recipe, study, overrides)
         config = plan.samples[0].config
         with console.status("preparing the text …"):
-            shards = prepare(config.data)
-        _check(plan.samples, shards)
+            texts = prepare_texts(plan.samples)
+        _check(plan.samples, texts)
         device = resolve_device(config.train.device)
         line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
-        facts = describe_study(recipe, plan, shards, overrides, line, describe_environment(device))
+        facts = describe_study(recipe, plan, texts, overrides, line, describe_environment(device))
         if fresh and ledger.earlier is not None:
             stack.close()
             _move_aside(folder)
@@ -127,15 +126,17 @@ def run_study(
         (environment,) = ledger.begin(facts)
 
         def wanted() -> list[Cell]:
-            return plan.wanted(ledger.done, facts["unigram_entropy"])
+            return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {})["unigram_entropy"])
 
         ledger.complete(not wanted() and kind.part == (1, 1))
         if not wanted():
             return folder
-        workers = study.workers or workers_for(plan.samples, device, check_vocab(config, shards))
+        vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
+        workers = study.workers or workers_for(plan.samples, device, vocab)
+        folders = {name: shards.folder for name, shards in texts.items()}
         started = time.monotonic()
         try:
-            for cell, outcome in run_cells(wanted, shards.folder, folder, workers, console):
+            for cell, outcome in run_cells(wanted, folders, folder, workers, console):
                 ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
         finally:
             ledger.spent(time.monotonic() - started)
@@ -153,15 +154,16 @@ def _line(outcome: Outcome) -> dict[str, Any]:
     return record | outcome.measured
 
 
-def _check(samples: list[Cell], shards: Shards) -> None:
+def _check(samples: list[Cell], texts: Texts) -> None:
     """Finds what else can be wrong with the input: the text, the vocabulary, what a strategy or rule refuses."""
     built = set()
     for cell in samples:
-        open_batches(cell.config, shards)
+        for name in (cell.text, *cell.evaluated):
+            open_batches(cell.config, texts[name])
         kind = (cell.strategy, cell.label)
         if kind not in built:
             built.add(kind)
-            build_gpt(cell.config, vocab=check_vocab(cell.config, shards), device="meta")
+            build_gpt(cell.config, vocab=check_vocab(cell.config, texts[cell.text]), device="meta")
 
 
 def _move_aside(folder: Path) -> None:

@@ -31,7 +31,7 @@ from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.planner import Group, Run, wanted_runs
-from gptnorm.study.run import Lines
+from gptnorm.study.run import Entropy, Lines
 from gptnorm.study.search import Search
 
 
@@ -79,11 +79,11 @@ class Tolerance:
         places += [place for place in asked if place not in places]
         # Those of the ledger and those asked for, written out: a map of both would have more.
         grown |= {"map": {}, "places": tuple(dict(place) for place in places)}
-        for key in ("baseline", "epsilon", "report", "search", "stability"):
+        for key in ("baseline", "epsilon", "report", "evaluate", "search", "stability"):
             # What neither recipe nor command says now stays as it was said.
             if key in before and getattr(study, key) == _default(study, key):
                 table = {"search": Search, "stability": Stability}.get(key)
-                grown[key] = table(**_read(before[key])) if table else before[key]
+                grown[key] = table(**_read(before[key])) if table else hashable(before[key])
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
         return replace(study, **grown)
 
@@ -126,12 +126,13 @@ class TolerancePlan:
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
                 "places": [dict(place) for place in self._places if place],
+                "evaluate": list(study.evaluate),
                 "search": asdict(study.search),
                 "stability": _written(asdict(study.stability)),
             }
         }
 
-    def wanted(self, done: Lines, entropy: float | None) -> list[Cell]:
+    def wanted(self, done: Lines, entropy: Entropy) -> list[Cell]:
         """The cells to run now, those of the part's groups in turn, so that every strategy grows alike."""
         known: dict[Run, Point] = {}
         for line in done.values():
@@ -139,7 +140,7 @@ class TolerancePlan:
                 (str(line["strategy"]), as_pairs(line.get("place")), as_pairs(line.get("variant")))
             )
             if setup is not None:
-                point = point_of(line, self.study.stability, entropy)
+                point = point_of(line, self.study.stability, entropy(line))
                 known[Run(str(line["strategy"]), setup, point.lr, int(line["seed"]))] = point
         number, parts = self._part
         runs = [wanted_runs(group, known, self.study) for group in self._groups[number - 1 :: parts]]
@@ -156,6 +157,7 @@ class TolerancePlan:
                 config=self._recipe.resolve(arguments, strategy=run.strategy),
                 setup=run.setup,
                 measured="nonlinearity",
+                evaluated=self.study.evaluate,
             )
         return self._cells[run]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,13 @@ def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarr
     for tokens in (sampler.batch(0), *validation):
         refuse_unknown_ids(tokens, vocab)
     return sampler, validation
+
+
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """In what a step's products are computed: bf16, but with train.precision = "fp32"."""
+    if config.train.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from gptnorm.recipe import adjusted
 from gptnorm.train.agree import cpu_group, is_loss_of_another, largest, on_first
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
-from gptnorm.train.inputs import check_ids, check_vocab, open_batches, within_memory
+from gptnorm.train.inputs import autocast, check_ids, check_vocab, open_batches, within_memory
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
 from gptnorm.train.optim import build_optimizer
@@ -410,9 +410,7 @@ class _Trainer:
         return every > 0 and step % every == 0
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.train.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return autocast(self.config, self.device)
 
 
 def _build(config: Config, vocab: int, world: World) -> GPT:

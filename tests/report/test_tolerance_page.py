@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import sys
@@ -186,3 +187,69 @@ def test_other_studies_are_left_alone(tmp_path: Path) -> None:
     del study["tolerance"]
     (folder / "study.json").write_text(json.dumps(study))
     assert "How far can" not in write_study_report(folder).read_text(encoding="utf-8")
+
+
+def elsewhere_folder(path: Path, places: list[str]) -> Path:
+    """On "a" ours is a tenth below base; on "b" it is a fifth above; losses there follow the seed."""
+    rates, lines = (1e-3, 2e-3, 4e-3), []
+    for place, name, seed, lr in itertools.product(places, ("base", "ours"), range(6), rates):
+        loss = 2.0 + 0.01 * seed + (0.5 if lr != 2e-3 else 0.0) - (0.1 if name == "ours" else 0.0)
+        other = 3.0 + 0.02 * seed + (0.2 if name == "ours" else 0.0)
+        more = {"place": {"data.path": place}} if place else {}
+        lines.append(line(name, lr, seed, loss, elsewhere={"deep/a.txt": loss, "b": other}, **more))
+    texts = {name: {"fingerprint": "f", "vocab": 256, "unigram_entropy": 5.0} for name in ("deep/a.txt", "b")}
+    return make_tolerance(
+        path,
+        lines,
+        lrs=rates,
+        asked={"report": "best", "evaluate": ["deep/a.txt", "b"], "places": [{"data.path": p} for p in places if p]},
+        texts=texts,
+        unigram_entropy=2.05 if places != [""] else 5.0,
+    )
+
+
+def test_losses_elsewhere(tmp_path: Path) -> None:
+    study = load_tolerance(elsewhere_folder(tmp_path / "one", [""]))
+    found = {grid.title: grid for grid in grids(study)}
+    beside = found["Loss minus base's on each text, each at its own best rate"]
+    assert beside.head == ("strategy", "on a", "on b")
+    ((name, first, second),) = beside.rows
+    assert (name, str(first), str(second)) == (
+        "ours",
+        "-0.1000 [-0.1000, -0.1000]",
+        "+0.2000 [+0.2000, +0.2000]",
+    )
+    losses = found["Loss on each text, at the best rate on the own"]
+    assert [str(row[2]).split()[0] for row in losses.rows] == ["3.0600", "3.2600"]
+    raw = write_study_report(tmp_path / "one").read_text(encoding="utf-8")
+    check(raw)
+    assert "On each text: mean loss over as many validation windows" in text_of(raw)
+
+
+def test_places_with_texts_of_their_own(tmp_path: Path) -> None:
+    """At "b" the entropy is 5, so that runs are stable that "a text of entropy 2.05" would call collapsed."""
+    study = load_tolerance(elsewhere_folder(tmp_path / "two", ["deep/a.txt", "b"]))
+    assert [place.entropy for place in study.places] == [5.0, 5.0]
+    assert all(not track.failed for place in study.places for track in place.own.values())
+    found = {grid.title: grid for grid in grids(study)}
+    beside = found["Loss minus base's on each text, each at its own best rate"]
+    assert beside.head == ("path", "strategy", "on a", "on b")
+    assert [row[:2] for row in beside.rows] == [("deep/a.txt", "ours"), ("b", "ours")]
+    raw = write_study_report(tmp_path / "two").read_text(encoding="utf-8")
+    check(raw)
+    assert raw.count("<figure>") == 3 + 2, "loss, loss on a, on b; loss against rate at each place"
+    assert "Text deep/a.txt" in text_of(raw)
+
+
+def test_a_failed_seed_has_no_mean_elsewhere(tmp_path: Path) -> None:
+    folder = elsewhere_folder(tmp_path / "one", [""])
+    rows = [json.loads(text) for text in (folder / "cells.jsonl").read_text().splitlines()]
+    for row in rows:
+        if (row["strategy"], row["seed"], row["lr"]) == ("ours", 3, 2e-3):
+            row |= {"status": "diverged", "val_loss": None, "elsewhere": {"deep/a.txt": None, "b": None}}
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = load_tolerance(folder)
+    track = study.places[0].own["ours"]
+    assert track.elsewhere("b") is None
+    assert study.places[0].pairs(tuned=False)["ours"].difference_on("b") is None
+    assert study.places[0].own["base"].elsewhere("b") is not None

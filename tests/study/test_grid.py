@@ -11,9 +11,10 @@ from gptnorm.data import Sampler, prepare
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.study.config import StudyConfig
-from gptnorm.study.facts import split_settings, unigram_entropy
+from gptnorm.study.facts import split_settings
 from gptnorm.study.grid import Grid, make_cells
 from gptnorm.study.run import run_study
+from gptnorm.study.texts import unigram_entropy
 
 STUDY = '\n[study]\ntitle = "t"\nstrategies = ["prenorm", "ngpt"]\nlrs = [0.01, 0.001]\nseeds = [3]\n'
 
