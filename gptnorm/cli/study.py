@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -12,18 +13,42 @@ from gptnorm.cli.arguments import RECIPE, SETTINGS
 from gptnorm.cli.output import console, say
 
 if TYPE_CHECKING:
+    from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.run import Kind
+    from gptnorm.study.tolerance import Tolerance
 
-STUDY_DIR = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
+Command = Callable[..., None]
+
+
+def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, listed in their order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+FOLDER = stacked(
+    click.option(
+        "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
+    ),
+    click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside."),
+    click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'."),
 )
-FRESH = click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside.")
-STRATEGIES = click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's.")
-LRS = click.option(
-    "--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,…."
+LADDER = stacked(RECIPE, SETTINGS, FOLDER)
+SEARCH = stacked(
+    RECIPE,
+    SETTINGS,
+    click.option("--strategies", metavar="A,B,…", help="Which strategies; default: the recipe's."),
+    click.option(
+        "--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,…."
+    ),
+    click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something."),
+    FOLDER,
 )
-SEEDS = click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something.")
-PART = click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'.")
 
 
 @click.command()
@@ -49,116 +74,61 @@ def study() -> None:
 
 
 @study.command()
-@RECIPE
-@SETTINGS
-@STUDY_DIR
-@FRESH
-@PART
-def grid(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+@LADDER
+def grid(**asked: Any) -> None:
     """Every strategy at every learning rate with every seed, such as 'study/catalogue'.
 
     RECIPE has a [study] table.
     """
-    from gptnorm.study.grid import Grid
-
-    which, folder = share(part, folder or Path("runs/study-grid"))
-    run_and_tell(Grid(part=which), recipe, settings, folder, fresh)
+    climb(None, **asked)
 
 
 @study.command()
-@RECIPE
-@SETTINGS
-@STUDY_DIR
-@FRESH
-@PART
-def width(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+@LADDER
+def width(**asked: Any) -> None:
     """A ladder of widths (study.widths) under each width rule (study.rules), such as 'study/width'.
 
     RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
     """
-    climb("width", recipe, settings, folder, fresh, part)
+    climb("width", **asked)
 
 
 @study.command()
-@RECIPE
-@SETTINGS
-@STUDY_DIR
-@FRESH
-@PART
-def depth(recipe: str, settings: tuple[str, ...], folder: Path | None, fresh: bool, part: str | None) -> None:
+@LADDER
+def depth(**asked: Any) -> None:
     """A ladder of depths (study.depths), such as 'study/depth', with gradients and cosines block by block.
 
     RECIPE has a [study] table.
     """
-    climb("depth", recipe, settings, folder, fresh, part)
+    climb("depth", **asked)
 
 
 @study.command()
-@RECIPE
-@SETTINGS
-@STRATEGIES
-@LRS
-@SEEDS
-@STUDY_DIR
-@FRESH
-@PART
-def tolerance(
-    recipe: str,
-    settings: tuple[str, ...],
-    strategies: str | None,
-    lrs: str | None,
-    seeds: int | None,
-    folder: Path | None,
-    fresh: bool,
-    part: str | None,
-) -> None:
+@SEARCH
+def tolerance(**asked: Any) -> None:
     """How far each strategy's learning rate can be pushed, such as 'study/tolerance'.
 
     RECIPE has a [study] table. Rates are added where they matter: around each strategy's best, and at the edge where
     training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
     beside the rate, and where strategies are compared; see docs/tolerance.md.
     """
-    from gptnorm.recipe import load_recipe
-    from gptnorm.study.asked import as_settings
     from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.tolerance import Tolerance
 
-    asked = as_settings(ToleranceConfig, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
-    which, folder = share(part, folder or Path("runs/study-tolerance"))
-    run_and_tell(Tolerance(part=which), recipe, asked, folder, fresh)
+    search(Tolerance, ToleranceConfig, **asked)
 
 
 @study.command()
-@RECIPE
-@SETTINGS
-@STRATEGIES
-@LRS
-@SEEDS
-@STUDY_DIR
-@FRESH
-@PART
-def scaling(
-    recipe: str,
-    settings: tuple[str, ...],
-    strategies: str | None,
-    lrs: str | None,
-    seeds: int | None,
-    folder: Path | None,
-    fresh: bool,
-    part: str | None,
-) -> None:
+@SEARCH
+def scaling(**asked: Any) -> None:
     """Loss against compute, and how best rate and batch move with the size, such as 'study/scaling'.
 
     RECIPE has a [study] table with study.models: sizes, each with the amounts of text that it sees. study.batches are
     tried with each. Every strategy is at its own best rate everywhere; see docs/scaling.md.
     """
-    from gptnorm.recipe import load_recipe
-    from gptnorm.study.asked import as_settings
     from gptnorm.study.scaling import Scaling, ScalingConfig
 
-    asked = as_settings(ScalingConfig, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
-    which, folder = share(part, folder or Path("runs/study-scaling"))
-    run_and_tell(Scaling(part=which), recipe, asked, folder, fresh)
+    search(Scaling, ScalingConfig, **asked)
 
 
 @study.command()
@@ -191,35 +161,58 @@ def join(parts: tuple[Path, ...], folder: Path) -> None:
 
 
 def climb(
-    axis: Literal["depth", "width"],
+    axis: Literal["depth", "width"] | None,
+    *,
     recipe: str,
     settings: tuple[str, ...],
     folder: Path | None,
     fresh: bool,
     part: str | None,
 ) -> None:
-    """Runs a ladder."""
+    """Runs a ladder; None: a single grid."""
     from gptnorm.study.grid import Grid
 
-    which, folder = share(part, folder or Path("runs") / f"study-{axis}")
-    run_and_tell(Grid(axis, which), recipe, settings, folder, fresh)
+    run_and_tell(Grid(axis, which(part)), recipe, settings, folder, part, fresh)
 
 
-def share(part: str | None, folder: Path) -> tuple[tuple[int, int], Path]:
-    """Which part of a study is to be run, and its folder."""
-    from gptnorm.study.join import parse_part, part_folder
+def search(
+    kind: type[Tolerance],
+    table: type[ToleranceConfig],
+    *,
+    recipe: str,
+    settings: tuple[str, ...],
+    strategies: str | None,
+    lrs: str | None,
+    seeds: int | None,
+    folder: Path | None,
+    fresh: bool,
+    part: str | None,
+) -> None:
+    """Runs a study that looks for each strategy's best rate; `table` is what its [study] is read as."""
+    from gptnorm.recipe import load_recipe
+    from gptnorm.study.asked import as_settings
 
-    if part is None:
-        return (1, 1), folder
-    which = parse_part(part)
-    return which, part_folder(folder, which)
+    asked = as_settings(table, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
+    run_and_tell(kind(part=which(part)), recipe, asked, folder, part, fresh)
 
 
-def run_and_tell(kind: Kind, recipe: str, settings: tuple[str, ...], folder: Path, fresh: bool) -> None:
-    """Runs a study, prints its tables and writes its report."""
+def which(part: str | None) -> tuple[int, int]:
+    """Which part of a study is to be run."""
+    from gptnorm.study.join import parse_part
+
+    return (1, 1) if part is None else parse_part(part)
+
+
+def run_and_tell(
+    kind: Kind, recipe: str, settings: tuple[str, ...], folder: Path | None, part: str | None, fresh: bool
+) -> None:
+    """Runs a study into the folder, by default one named after its kind, prints its tables and writes its report."""
+    from gptnorm.study.join import part_folder
     from gptnorm.study.run import run_study
 
-    tell(run_study(kind, recipe, settings, folder, console, fresh=fresh))
+    whole = folder or Path("runs") / "-".join(kind.words)
+    target = whole if part is None else part_folder(whole, kind.part)
+    tell(run_study(kind, recipe, settings, target, console, fresh=fresh))
 
 
 def tell(folder: Path) -> None:

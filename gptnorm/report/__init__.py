@@ -3,7 +3,7 @@
 - `results.load_study` reads a study folder and holds the table logic;
 - `table.rich_table` and `table.markdown_table` print it;
 - `ladder.load_ladder`, `ladder_table.rich_ladder` and `.markdown_ladder` do the same for a depth or width ladder;
-- `tolerance.load_tolerance`, `tolerance_table.rich_tolerance` and `.markdown_tolerance` do it for a tolerance study;
+- `tolerance_ledger.load_tolerance`, `tolerance_table.rich_tolerance` and `.markdown_tolerance`: a tolerance study;
 - `rich_study` and `markdown_study` do it for any study's folder;
 - `html.write_study_report` and `html.write_run_report` write `report.html`.
 
@@ -20,7 +20,8 @@ from gptnorm.report.ladder import Ladder, is_ladder, load_ladder
 from gptnorm.report.ladder_table import markdown_ladder, rich_ladder
 from gptnorm.report.results import Study, load_study
 from gptnorm.report.table import markdown_table, rich_table
-from gptnorm.report.tolerance import ToleranceStudy, is_tolerance, load_tolerance
+from gptnorm.report.tolerance import ToleranceStudy
+from gptnorm.report.tolerance_ledger import is_tolerance, load_tolerance
 from gptnorm.report.tolerance_table import markdown_tolerance, rich_tolerance
 
 

@@ -14,7 +14,7 @@ from gptnorm.report.ladder_page import ladder_page
 from gptnorm.report.results import load_study
 from gptnorm.report.run_page import run_page
 from gptnorm.report.study_page import REPORT, study_page
-from gptnorm.report.tolerance import is_tolerance, load_tolerance
+from gptnorm.report.tolerance_ledger import is_tolerance, load_tolerance
 from gptnorm.report.tolerance_page import tolerance_page
 
 

@@ -26,14 +26,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from gptnorm.errors import UserError
-from gptnorm.records import finite, read_lines, read_object
-from gptnorm.report.results import About, Cell, read_about
-from gptnorm.study.cell import Pairs, as_pairs
-from gptnorm.study.ledger import text_of
+from gptnorm.report.results import About, Cell
+from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
     Edge,
@@ -53,7 +49,7 @@ from gptnorm.study.measures import (
     reach_of,
     sensitivity,
 )
-from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
 
 
@@ -435,113 +431,6 @@ class ToleranceStudy:
         return any(len(place.own) < len(self.about.strategies) for place in self.places) or any(
             not track.picked or (track.best is not None and track.ended < len(track.seeds)) for track in tracks
         )
-
-
-def is_tolerance(folder: str | Path) -> bool:
-    """Whether the folder holds a tolerance study."""
-    return "tolerance" in read_object(Path(folder) / "study.json")
-
-
-def load_tolerance(folder: str | Path) -> ToleranceStudy:
-    """Read a study folder, complete or not.
-
-    Raises:
-        UserError: `study.json` is missing, cannot be read, or is another kind of study's.
-    """
-    folder = Path(folder)
-    path = folder / "study.json"
-    raw = read_object(path)
-    asked = raw.get("tolerance")
-    if not isinstance(asked, dict):
-        raise UserError(f"{path}: no tolerance study")
-    about = read_about(folder, raw)
-    stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
-    trials: dict[tuple[str, Pairs, Pairs], dict[str, Trial]] = {}
-    for line in read_lines(folder / "cells.jsonl"):
-        try:
-            text = text_of(raw, line.get("place") or {})
-            trial = _read_trial(line, stability, finite(text.get("unigram_entropy")))
-            key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{folder / 'cells.jsonl'}: a line lacks strategy, lr or seed: {line!r}") from None
-        trials.setdefault(key, {})[trial.cell.run] = trial
-    grid = tuple(sorted(float(lr) for lr in raw["lrs"]))
-    pick = tuple(int(seed) for seed in asked["pick"])
-
-    def track(strategy: str, place: Pairs, variant: Pairs) -> Track:
-        settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
-        steps, *batch = (finite(settings.get(f"train.{key}")) for key in ("steps", "batch_size", "seq_len"))
-        step_tokens = None if None in batch else math.prod(number for number in batch if number is not None)
-        return Track(
-            strategy=strategy,
-            place=place,
-            variant=variant,
-            trials=tuple(trials[strategy, place, variant].values()),
-            pick=pick,
-            seeds=about.seeds or pick,
-            grid=grid,
-            epsilon=float(asked["epsilon"]),
-            worse=stability.worse,
-            cap=_cap(text_of(raw, dict(place))),
-            steps=None if steps is None else int(steps),
-            step_tokens=None if step_tokens is None else int(step_tokens),
-        )
-
-    places = dict.fromkeys(place for _, place, _ in trials)
-    common = set.intersection(*map(set, places)) if len(places) > 1 else set()
-    order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
-    baseline = str(asked["baseline"])
-    return ToleranceStudy(
-        about=about,
-        places=tuple(
-            Place(
-                settings=place,
-                told=tuple(pair for pair in place if pair not in common),
-                tracks=tuple(
-                    track(*key) for name in about.strategies for key in trials if key[0] == name and key[1] == place
-                ),
-                baseline=baseline,
-                entropy=finite(text_of(raw, dict(place)).get("unigram_entropy")),
-            )
-            for place in sorted(places, key=lambda place: order.get(place, len(order)))
-        ),
-        baseline=baseline,
-        pick=pick,
-        seeds=about.seeds,
-        grid=grid,
-        epsilon=float(asked["epsilon"]),
-        follows_rates=asked["report"] in ("all", "near"),
-        search=Search(**asked["search"]),
-        stability=stability,
-        tune={key: list(values) for key, values in asked["tune"].items()},
-        evaluated=tuple(map(str, asked.get("evaluate", ()))),
-        complete=raw.get("complete", True) is True,
-        wanted_places=max(1, len(order)),
-        cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
-    )
-
-
-def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
-    cell = Cell.read(line)
-    spikes = int(line.get("spikes") or 0)
-    blocks = [finite(value) for value in line.get("nonlinearity") or ()]
-    values = [value for value in blocks if value is not None]
-    return Trial(
-        cell=cell,
-        point=point_of(line, stability, entropy),
-        tail=finite(line.get("tail_loss")),
-        spikes=spikes,
-        nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
-        memory=finite(line.get("memory")),
-        flops=finite(line.get("flops")),
-        elsewhere={str(name): finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
-    )
-
-
-def _cap(text: Mapping[str, Any]) -> float | None:
-    """ln V, the loss of a model that knows nothing."""
-    vocab = finite(text.get("vocab"))
-    return math.log(vocab) if vocab else None
 
 
 def _loss_of(track: Track) -> float:

@@ -16,6 +16,7 @@ from gptnorm.recipe import load_recipe
 from gptnorm.report import load_ladder
 from gptnorm.strategies import STRATEGIES
 from gptnorm.study.aftermath import run_and_measure
+from gptnorm.study.cell import Cell
 from gptnorm.study.grid import Grid, make_cells
 from gptnorm.study.run import run_study
 from gptnorm.study.signal import signal
@@ -165,7 +166,8 @@ def test_signal_is_the_probe_s(recipe):
 def test_signal_of_frozen_norms_is_that_of_the_run(recipe, tmp_path):
     """The initialisation has the constants that the run measured: with a rate of 0 nothing is between the two."""
     config = load_recipe(str(recipe)).resolve(["options.norm_scale=frozen", "optim.lr=0", "train.accumulate=2"])
-    _, found = run_and_measure(config, prepare(config.data), tmp_path / "run", Silent(), "signal")
+    cell = Cell(strategy="prenorm", lr=0.0, seed=0, config=config, measured="signal")
+    _, found = run_and_measure(cell, {cell.text: prepare(config.data)}, tmp_path / "run", Silent())
     assert found["signal"]["init"] == found["signal"]["trained"]
     assert None not in found["signal"]["init"]["grad"]
 

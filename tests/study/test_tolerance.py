@@ -150,7 +150,7 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.tune.model.n_layers=[1,2]"], "is part of the budget"),
         (["study.tune.init.std=[-1.0]"], "init.std"),
         (["study.map.optim.lr=[0.1]"], "study.map.optim.lr"),
-        (["study.map.data.path=[1]"], "study.map.data.path"),
+        (["study.map.data.max_tokens=[1]"], "study.map.data.max_tokens"),
         (["study.map.model.d_model=[17]"], "study.map.model.d_model = 17"),
         (['study.map.model.d_model=["a"]'], "study.map.model.d_model = 'a'"),
         (["study.map.init.std=[0.1]", "study.tune.init.std=[0.2]"], "study.tune.init.std: is in study.map, too"),

@@ -1,0 +1,147 @@
+"""A tolerance study's folder as `gptnorm.report.tolerance.ToleranceStudy`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptnorm.errors import UserError
+from gptnorm.records import finite, read_lines, read_object
+from gptnorm.report.results import About, Cell, read_about
+from gptnorm.report.tolerance import Place, ToleranceStudy, Track, Trial
+from gptnorm.study.cell import Pairs, as_pairs
+from gptnorm.study.ledger import text_of
+from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.search import Search
+
+Trials = dict[tuple[str, Pairs, Pairs], dict[str, Trial]]
+"""By strategy, place and variant; of each, by its folder."""
+
+
+def is_tolerance(folder: str | Path) -> bool:
+    """Whether the folder holds a tolerance study."""
+    return "tolerance" in read_object(Path(folder) / "study.json")
+
+
+def load_tolerance(folder: str | Path) -> ToleranceStudy:
+    """Read a study folder, complete or not.
+
+    Raises:
+        UserError: `study.json` is missing, cannot be read, or is another kind of study's.
+    """
+    folder = Path(folder)
+    path = folder / "study.json"
+    raw = read_object(path)
+    asked = raw.get("tolerance")
+    if not isinstance(asked, dict):
+        raise UserError(f"{path}: no tolerance study")
+    about = read_about(folder, raw)
+    stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
+    trials = _read_trials(folder / "cells.jsonl", raw, stability)
+    order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
+    return ToleranceStudy(
+        about=about,
+        places=_places(trials, raw, about, order, stability),
+        baseline=str(asked["baseline"]),
+        pick=_pick(asked),
+        seeds=about.seeds,
+        grid=_grid(raw),
+        epsilon=float(asked["epsilon"]),
+        follows_rates=asked["report"] in ("all", "near"),
+        search=Search(**asked["search"]),
+        stability=stability,
+        tune={key: list(values) for key, values in asked["tune"].items()},
+        evaluated=tuple(map(str, asked.get("evaluate", ()))),
+        complete=raw.get("complete", True) is True,
+        wanted_places=max(1, len(order)),
+        cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
+    )
+
+
+def _places(
+    trials: Trials, raw: Mapping[str, Any], about: About, order: Mapping[Pairs, int], stability: Stability
+) -> tuple[Place, ...]:
+    """Those where a run has ended, in the order in which they were asked for."""
+    found = dict.fromkeys(place for _, place, _ in trials)
+    common = set.intersection(*map(set, found)) if len(found) > 1 else set()
+    return tuple(
+        Place(
+            settings=place,
+            told=tuple(pair for pair in place if pair not in common),
+            tracks=tuple(
+                _track(key, tuple(trials[key].values()), raw, about, stability)
+                for name in about.strategies
+                for key in trials
+                if key[0] == name and key[1] == place
+            ),
+            baseline=str(raw["tolerance"]["baseline"]),
+            entropy=finite(text_of(raw, dict(place)).get("unigram_entropy")),
+        )
+        for place in sorted(found, key=lambda place: order.get(place, len(order)))
+    )
+
+
+def _track(
+    key: tuple[str, Pairs, Pairs], trials: tuple[Trial, ...], raw: Mapping[str, Any], about: About, stability: Stability
+) -> Track:
+    strategy, place, variant = key
+    settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
+    steps, *batch = (finite(settings.get(f"train.{key}")) for key in ("steps", "batch_size", "seq_len"))
+    step_tokens = None if None in batch else math.prod(number for number in batch if number is not None)
+    # The loss of a model that knows nothing.
+    vocab = finite(text_of(raw, dict(place)).get("vocab"))
+    pick = _pick(raw["tolerance"])
+    return Track(
+        strategy=strategy,
+        place=place,
+        variant=variant,
+        trials=trials,
+        pick=pick,
+        seeds=about.seeds or pick,
+        grid=_grid(raw),
+        epsilon=float(raw["tolerance"]["epsilon"]),
+        worse=stability.worse,
+        cap=math.log(vocab) if vocab else None,
+        steps=None if steps is None else int(steps),
+        step_tokens=None if step_tokens is None else int(step_tokens),
+    )
+
+
+def _read_trials(path: Path, raw: Mapping[str, Any], stability: Stability) -> Trials:
+    found: Trials = {}
+    for line in read_lines(path):
+        try:
+            entropy = finite(text_of(raw, line.get("place") or {}).get("unigram_entropy"))
+            trial = _read_trial(line, stability, entropy)
+            key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: a line lacks strategy, lr or seed: {line!r}") from None
+        found.setdefault(key, {})[trial.cell.run] = trial
+    return found
+
+
+def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
+    cell = Cell.read(line)
+    spikes = int(line.get("spikes") or 0)
+    blocks = [finite(value) for value in line.get("nonlinearity") or ()]
+    values = [value for value in blocks if value is not None]
+    return Trial(
+        cell=cell,
+        point=point_of(line, stability, entropy),
+        tail=finite(line.get("tail_loss")),
+        spikes=spikes,
+        nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
+        memory=finite(line.get("memory")),
+        flops=finite(line.get("flops")),
+        elsewhere={str(name): finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
+    )
+
+
+def _grid(raw: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(sorted(float(lr) for lr in raw["lrs"]))
+
+
+def _pick(asked: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(seed) for seed in asked["pick"])
