@@ -1,4 +1,4 @@
-"""Cells in parallel processes, with one live display."""
+"""Cells in parallel processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gptnorm.records import read_lines
+from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run_cells(
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     with (
-        _Display(console) as display,
+        Display(console) as display,
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,)) as pool,
     ):
         futures: dict[Future[Outcome], Cell] = {}
@@ -170,70 +170,3 @@ def _drain(queue: Any) -> dict[str, tuple[int, float]]:
         except Empty:
             return latest
         latest[name] = (step, loss)
-
-
-class _Display:
-    """A bar on a terminal, a line per ended cell elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._steps: dict[str, int] = {}
-        self._costs: dict[str, float] = {}
-        """Of one step."""
-        self._short: dict[str, str] = {}
-        self._reached: dict[str, int] = {}
-        self._now: dict[str, str] = {}
-        self._ended = 0
-        self._progress = Progress(
-            TextColumn("{task.fields[cells]}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("spent,"),
-            TimeRemainingColumn(),
-            TextColumn("left  {task.fields[now]}"),
-            console=console,
-        )
-
-    def __enter__(self) -> _Display:
-        if self._console.is_terminal:
-            self._task = self._progress.add_task("", total=None, cells=self._count(), now="")
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def add(self, cells: list[Cell]) -> None:
-        """More to come."""
-        for cell in cells:
-            name, steps = cell.folder, cell.config.train.steps
-            self._steps[name] = steps
-            self._costs[name] = cell.cost / steps
-            self._short[name] = cell.label if cell.rung else name.removeprefix("cells/")
-        if self._console.is_terminal:
-            self._progress.update(self._task, total=self._weigh(self._steps), cells=self._count())
-
-    def running(self, latest: dict[str, tuple[int, float]]) -> None:
-        """Moves the bar to what the workers last said."""
-        self._reached |= {name: step for name, (step, _) in latest.items()}
-        if self._console.is_terminal:
-            self._now |= {name: f"{self._short[name]} {loss:.2f}" for name, (_, loss) in latest.items()}
-            done, now = self._weigh(self._reached), ", ".join(self._now.values())
-            self._progress.update(self._task, completed=done, cells=self._count(), now=now)
-
-    def finished(self, cell: Cell, result: Result) -> None:
-        """Counts a cell and says how it ended."""
-        self._ended += 1
-        self._now.pop(cell.folder, None)
-        self._reached[cell.folder] = self._steps[cell.folder]
-        ended = f"{result.val_loss:.4f}" if result.val_loss is not None else f"diverged at step {result.step}"
-        label = f"  {cell.label}" if cell.label else ""
-        where = f"{cell.strategy}{label}  lr {cell.lr:g}  seed {cell.seed}"
-        line = f"{self._count()}  {where}  {ended}  ({result.seconds:.0f} s)"
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
-
-    def _weigh(self, steps: dict[str, int]) -> float:
-        return sum(self._costs[name] * count for name, count in steps.items())
-
-    def _count(self) -> str:
-        return f"{self._ended}/{len(self._steps)} runs"
