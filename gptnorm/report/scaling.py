@@ -31,7 +31,7 @@ from gptnorm.report.budgets import Curve, speed_up
 from gptnorm.report.optimum import Point, best_rate
 from gptnorm.report.tolerance import ToleranceStudy, Track
 from gptnorm.study import measures
-from gptnorm.study.cell import Pairs
+from gptnorm.study.cell import TEXT, Pairs
 from gptnorm.study.measures import Estimate, mean_of
 
 RUN = ("train.steps", "train.batch_size")
@@ -97,7 +97,12 @@ class Law:
 
 
 def spots_of(study: ToleranceStudy, strategy: str) -> list[Spot]:
-    """The strategy as it comes at every place whose compute is known, that of the least compute first."""
+    """The strategy as it comes at every place whose compute is known, that of the least compute first.
+
+    None where places have texts of their own: losses on different texts are no points of one law.
+    """
+    if TEXT in study.mapped:
+        return []
     found = []
     for place in study.places:
         track = place.own.get(strategy)

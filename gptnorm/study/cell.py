@@ -13,6 +13,9 @@ from gptnorm.study.ladder import Rung
 Pairs = tuple[tuple[str, Any], ...]
 """Dotted settings with their values."""
 
+TEXT = "data.path"
+"""The setting that says what a run trains on."""
+
 Measured = Literal["signal", "nonlinearity"]
 """What is measured of a run's model beside its loss."""
 
@@ -78,7 +81,7 @@ class Cell:
     @property
     def text(self) -> str:
         """The name of what it trains on, as the place says it, if it does."""
-        return text_name(dict(self.setup.place).get("data.path", self.config.data.path))
+        return text_name(dict(self.setup.place).get(TEXT, self.config.data.path))
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from gptnorm.config import STRICT, Count, Positive, PositiveFloat, WidthRuleName
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe, parse_overrides
-from gptnorm.study.cell import Pairs, as_pairs, hashable
+from gptnorm.study.cell import TEXT, Pairs, as_pairs, hashable
 from gptnorm.study.ladder import FEWEST, Axis
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
@@ -29,10 +29,8 @@ RESERVED = ("model.strategy", "optim.lr", "seed")
 """Settings that every study sets from cell to cell."""
 
 FIXED = ("data.", "run.", "checkpoint.", "watch.", "parallel.", "study.")
-"""Tables whose settings are the same in all cells: the runs would not be comparable, or not be made otherwise."""
-
-TEXT = "data.path"
-"""The one of them that strategies may be compared at, since each place is a comparison of its own."""
+"""Tables whose settings are the same in all cells, but for `TEXT` from place to place, each of which is a comparison of
+its own: the runs would not be comparable, or not be made otherwise."""
 
 BUDGET = ("model.", "moe.", "train.")
 """Tables whose settings make a run longer or a model larger: what has more of it has won nothing."""

@@ -28,7 +28,7 @@ from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
 from gptnorm.records import read_lines, read_object
-from gptnorm.study.cell import text_name
+from gptnorm.study.cell import TEXT, text_name
 from gptnorm.tables import flatten
 
 Facts = dict[str, Any]
@@ -209,7 +209,7 @@ def settings_by_strategy(facts: Facts) -> dict[str, dict[str, Any]]:
 
 def text_of(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """What study.json says of the text that runs with these settings train on, which name it where it is mapped."""
-    path = settings.get("data.path")
+    path = settings.get(TEXT)
     found = None if path is None else (facts.get("texts") or {}).get(text_name(path))
     return found or {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
 

@@ -231,3 +231,18 @@ def test_places_of_one_compute_are_no_scaling(tmp_path: Path) -> None:
     study = ledger(tmp_path, loss=power, rate=step_law, sizes=(100,), texts=(16000,), batches=(4, 8, 16))
     assert scaling_grids(study) == []
     assert scaling_answer(study) == []
+
+
+def test_places_with_texts_of_their_own_have_no_law(tmp_path: Path) -> None:
+    study = ledger(tmp_path, loss=power, rate=step_law)
+    assert scaling_grids(study)
+    for name, write in (("cells.jsonl", "place"), ("study.json", "places")):
+        path = tmp_path / name
+        text = path.read_text().replace('"model.d_model": 300,', '"data.path": "b", "model.d_model": 300,')
+        text = text.replace('{"model.d_model"', '{"data.path": "a", "model.d_model"')
+        assert write in text
+        path.write_text(text)
+    split = load_tolerance(tmp_path)
+    assert "data.path" in split.mapped
+    assert scaling_grids(split) == []
+    assert scaling_answer(split) == []
