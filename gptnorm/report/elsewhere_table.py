@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePath
 
 from gptnorm.report.estimates import difference_entry, loss_entry, marked
 from gptnorm.report.format import MISSING, value_text
@@ -23,12 +22,6 @@ def elsewhere_grids(study: ToleranceStudy) -> list[Grid]:
     return [grid for grid in found if grid is not None]
 
 
-def short_names(texts: tuple[str, ...]) -> dict[str, str]:
-    """Each text's file name alone, where these differ."""
-    names = [PurePath(text).stem or text for text in texts]
-    return dict(zip(texts, names if len(set(names)) == len(names) else texts, strict=True))
-
-
 def _grid(
     study: ToleranceStudy, title: str, strategies: tuple[str, ...], entry: Callable[[Place, str, str], Entry]
 ) -> Grid | None:
@@ -43,7 +36,7 @@ def _grid(
     if not rows:
         return None
     settings = study.heads if len(study.places) > 1 else ()
-    head = (*settings, "strategy", *(f"on {name}" for name in short_names(study.evaluated).values()))
+    head = (*settings, "strategy", *(f"on {name}" for name in study.evaluated.values()))
     return Grid(title=title, head=head, rows=tuple(rows), words=len(settings) + 1)
 
 

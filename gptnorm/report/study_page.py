@@ -202,14 +202,12 @@ def _data_pairs(study: About) -> list[tuple[str, str]]:
 
     tokenizer = ("Tokenizer", value_text(data.get("tokenizer")))
     if study.texts:
-        found = [
-            (
-                f"Text {name}",
-                f"tokens: {tokens(text)}; fingerprint {value_text(text.get('fingerprint'))}; unigram entropy "
-                f"{loss_text(finite(text.get('unigram_entropy')))} nats",
-            )
-            for name, text in study.texts.items()
-        ]
+        found = []
+        for name, text in study.texts.items():
+            use = "trained on" if text.get("trained") else "evaluated on"
+            entropy = loss_text(finite(text.get("unigram_entropy")))
+            words = f"{use}; tokens: {tokens(text)}; fingerprint {value_text(text.get('fingerprint'))}"
+            found.append((f"Text {name}", f"{words}; unigram entropy {entropy} nats"))
         return [tokenizer, *found]
     return [
         ("Data", value_text(data.get("path"))),

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from gptnorm.report.format import value_text
 from gptnorm.report.results import About, Cell
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
@@ -220,17 +221,19 @@ class Track:
         return self._mean(lambda trial: trial.nonlinearity)
 
     def elsewhere(self, text: str) -> Estimate | None:
-        """Loss on another text, at the best rate on the own; None where a seed failed."""
-        return mean_of(list(found.values())) if (found := self.elsewhere_by_seed(text)) and not self.failed else None
+        """Loss on another text, at the best rate on the own; None where a seed failed, on either."""
+        found = self.elsewhere_by_seed(text)
+        return mean_of(list(found.values())) if found else None
 
     def elsewhere_by_seed(self, text: str) -> dict[int, float]:
-        """By reported seed; those that failed at the best rate are missing."""
+        """By reported seed; none at all where one failed, on either text."""
         trials = {seed: self._at_best(seed) for seed in self.losses}
-        return {
+        found = {
             seed: loss
             for seed, trial in trials.items()
             if trial is not None and (loss := trial.elsewhere.get(text)) is not None
         }
+        return found if len(found) == len(self.losses) and not self.failed else {}
 
     @property
     def memory(self) -> float | None:
@@ -285,8 +288,6 @@ class Pair:
 
     def difference_on(self, text: str) -> Estimate | None:
         """`difference`, on another text."""
-        if self.ours.failed or self.theirs.failed:
-            return None
         return paired_difference(self.ours.elsewhere_by_seed(text), self.theirs.elsewhere_by_seed(text))
 
     @property
@@ -317,7 +318,7 @@ class Place:
 
     settings: Pairs
     told: Pairs
-    """Those of the settings that differ from place to place; of a single place all."""
+    """Those of the settings that differ from place to place; of a single place all. A text has its short name."""
     tracks: tuple[Track, ...]
     """Every strategy with every setting that was tried."""
     baseline: str
@@ -327,7 +328,7 @@ class Place:
     @property
     def name(self) -> str:
         """In words; empty where nothing was mapped."""
-        return ", ".join(f"{key} = {value}" for key, value in self.told)
+        return ", ".join(f"{key} = {value_text(value)}" for key, value in self.told)
 
     @cached_property
     def own(self) -> dict[str, Track]:
@@ -373,8 +374,8 @@ class ToleranceStudy:
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
-    evaluated: tuple[str, ...]
-    """Texts that every run was evaluated on beside its own."""
+    evaluated: Mapping[str, str]
+    """Texts that every run was evaluated on beside its own, each with the name that it is shown by."""
     complete: bool
     """Whether the study had come to its end when it was last worked on."""
     wanted_places: int

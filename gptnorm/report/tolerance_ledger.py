@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError
 from gptnorm.records import finite, read_lines, read_object
 from gptnorm.report.results import About, Cell, read_about
 from gptnorm.report.tolerance import Place, ToleranceStudy, Track, Trial
-from gptnorm.study.cell import Pairs, as_pairs
+from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
 from gptnorm.study.ledger import text_of
 from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.search import Search
@@ -40,10 +40,13 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     about = read_about(folder, raw)
     stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
     trials = _read_trials(folder / "cells.jsonl", raw, stability)
+    evaluated = [str(name) for name in asked.get("evaluate", ())]
+    mapped = [text_name(dict(place)[TEXT]) for _, place, _ in trials if TEXT in dict(place)]
+    names = short_names([*mapped, *evaluated])
     order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
     return ToleranceStudy(
         about=about,
-        places=_places(trials, raw, about, order, stability),
+        places=_places(trials, raw, about, order, stability, names),
         baseline=str(asked["baseline"]),
         pick=_pick(asked),
         seeds=about.seeds,
@@ -53,15 +56,41 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         search=Search(**asked["search"]),
         stability=stability,
         tune={key: list(values) for key, values in asked["tune"].items()},
-        evaluated=tuple(map(str, asked.get("evaluate", ()))),
+        evaluated={name: names[name] for name in evaluated},
         complete=raw.get("complete", True) is True,
         wanted_places=max(1, len(order)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
     )
 
 
+def short_names(texts: Sequence[str]) -> dict[str, str]:
+    """The end of each text's path that tells it from the others, without the file's type where that will do."""
+    whole = dict.fromkeys(texts)
+    longest = max((len(PurePath(text).parts) for text in whole), default=0)
+    for count in range(1, longest + 1):
+        for bare in (True, False):
+            names = {text: _tail(text, count, bare=bare) for text in whole}
+            if len(set(names.values())) == len(names):
+                return names
+    return {text: text for text in whole}
+
+
+def _tail(text: str, parts: int, *, bare: bool) -> str:
+    """The last parts of a path, of several paths those of each."""
+    found = []
+    for path in map(PurePath, text.split(", ")):
+        *folders, name = path.parts[-parts:] or (str(path),)
+        found.append("/".join([*folders, name.partition(".")[0] or name if bare else name]))
+    return ", ".join(found)
+
+
 def _places(
-    trials: Trials, raw: Mapping[str, Any], about: About, order: Mapping[Pairs, int], stability: Stability
+    trials: Trials,
+    raw: Mapping[str, Any],
+    about: About,
+    order: Mapping[Pairs, int],
+    stability: Stability,
+    names: Mapping[str, str],
 ) -> tuple[Place, ...]:
     """Those where a run has ended, in the order in which they were asked for."""
     found = dict.fromkeys(place for _, place, _ in trials)
@@ -69,7 +98,11 @@ def _places(
     return tuple(
         Place(
             settings=place,
-            told=tuple(pair for pair in place if pair not in common),
+            told=tuple(
+                (key, names[text_name(value)] if key == TEXT else value)
+                for key, value in place
+                if (key, value) not in common
+            ),
             tracks=tuple(
                 _track(key, tuple(trials[key].values()), raw, about, stability)
                 for name in about.strategies

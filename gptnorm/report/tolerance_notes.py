@@ -134,8 +134,8 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "picking seeds.",
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
-        ON_EACH: "On each text: mean loss over as many validation windows as of the own text, of the model as it was "
-        "trained on the own.",
+        ON_EACH: "On each text: mean loss over at most as many validation windows as of the own text, of the model as "
+        "it was trained on the own.",
         EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "
         "per step; no number where that is outside the budgets.",
         **scaling_words(),

@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gptnorm.report.curves import curves_of
-from gptnorm.report.elsewhere_table import short_names
 from gptnorm.report.figure import (
     INK,
     MUTED,
@@ -274,7 +273,7 @@ def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
         return [{name: value(pair) for name, pair in at_place.items()} for at_place in pairs]
 
     found = [("loss", over_places(lambda pair: pair.difference))]
-    for text, name in short_names(study.evaluated).items():
+    for text, name in study.evaluated.items():
         found.append((f"loss on {name}", over_places(lambda pair, text=text: pair.difference_on(text))))
     if study.follows_rates:
         found.append((RATE, over_places(_with_interval)))

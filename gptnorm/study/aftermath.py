@@ -32,7 +32,7 @@ from gptnorm.study.cell import Cell, Measured
 from gptnorm.study.signal import signal
 from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.checkpoint import latest_checkpoint, load_model
-from gptnorm.train.inputs import autocast, check_vocab, open_batches, resolve_device
+from gptnorm.train.inputs import autocast, check_vocab, open_batches, open_validation, resolve_device
 from gptnorm.train.loop import Result, start_run
 from gptnorm.train.progress import Watcher
 
@@ -78,7 +78,7 @@ def run_and_measure(
 @torch.no_grad()
 def _loss(model: GPT, config: Config, shards: Shards) -> float | None:
     """Mean over the validation windows, in nats per token; None: not finite."""
-    _, validation = open_batches(config, shards)
+    validation = open_validation(config, shards)
     device = model.embed.weight.device
     model.eval()
     total = 0.0
@@ -90,7 +90,7 @@ def _loss(model: GPT, config: Config, shards: Shards) -> float | None:
 
 def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:
     """On the validation windows: the first batch, or as many as a fit needs."""
-    _, validation = open_batches(config, shards)
+    validation = open_validation(config, shards)
     device = model.embed.weight.device
     if measured == "signal":
         return signal(model, torch.from_numpy(validation[0]).to(device))

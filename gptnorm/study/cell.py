@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ Pairs = tuple[tuple[str, Any], ...]
 
 TEXT = "data.path"
 """The setting that says what a run trains on."""
+
+LONGEST = 200
+"""Bytes of a folder's name; file systems take 255."""
 
 Measured = Literal["signal", "nonlinearity"]
 """What is measured of a run's model beside its loss."""
@@ -62,6 +66,15 @@ def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
+def _folder_name(label: str) -> str:
+    """A path among the settings is no folder; what is too long for one ends in a hash."""
+    name = label.replace("%", "%25").replace("/", "%2F")
+    if len(name.encode()) <= LONGEST:
+        return name
+    start = name.encode()[: LONGEST - 17].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(label.encode()).hexdigest()[:16]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run."""
@@ -91,8 +104,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Relative to the study folder."""
-        # A path among the settings is one level of it.
-        label = f"{self.label.replace('%', '%25').replace('/', '%2F')}/" if self.label else ""
+        label = f"{_folder_name(self.label)}/" if self.label else ""
         return f"cells/{self.strategy}/{label}lr-{self.lr!r}-seed-{self.seed}"
 
     @property

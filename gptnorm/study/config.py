@@ -93,7 +93,7 @@ class ToleranceConfig(StudyConfig):
     """The same, each combination written out: tables of the same settings, one value each."""
     evaluate: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that every run is evaluated on beside its own, on their validation windows; anything that `data.path`
-    takes, with the tokens of the run's own."""
+    takes but a list, with the tokens of the run's own."""
     search: Search = Search()
     """How closely best and edge are bracketed."""
     stability: Stability = Stability()

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from gptnorm.report.format import duration_text
+from gptnorm.report.format import duration_text, value_text
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
@@ -30,7 +30,7 @@ class Display:
         self._names: dict[str, tuple[str, str]] = {}
         self._reached: dict[str, int] = {}
         self._now: dict[str, str] = {}
-        self._ended = 0
+        self._over: set[str] = set()
         self._progress = _Bar(
             TextColumn("{task.fields[cells]}"),
             BarColumn(bar_width=24),
@@ -60,6 +60,8 @@ class Display:
 
     def running(self, latest: dict[str, tuple[int, float]]) -> None:
         """Moves the bar to what the workers last said: the step and the loss, by the runs' folders."""
+        # The last words of a run may come after its end.
+        latest = {folder: said for folder, said in latest.items() if folder not in self._over}
         self._reached |= {folder: step for folder, (step, _) in latest.items()}
         for folder, (step, loss) in latest.items():
             who, where = self._names[folder]
@@ -68,7 +70,7 @@ class Display:
 
     def finished(self, cell: Cell, result: Result) -> None:
         """Counts a cell and says how it ended."""
-        self._ended += 1
+        self._over.add(cell.folder)
         self._now.pop(cell.folder, None)
         self._reached[cell.folder] = self._steps[cell.folder]
         who, where = self._names[cell.folder]
@@ -90,7 +92,7 @@ class Display:
         return sum(self._costs[name] * count for name, count in steps.items())
 
     def _count(self) -> str:
-        return f"{self._ended}/{len(self._steps)} runs"
+        return f"{len(self._over)}/{len(self._steps)} runs"
 
 
 class _Bar(Progress):
@@ -110,5 +112,5 @@ def run_name(cell: Cell) -> tuple[str, str]:
     settings = dict((*cell.setup.place, *cell.setup.variant))
     short = [key.rpartition(".")[2] for key in settings]
     heads = short if len(set(short)) == len(short) else list(settings)
-    where = ", ".join(f"{head} {value}" for head, value in zip(heads, settings.values(), strict=True))
+    where = ", ".join(f"{head} {value_text(value)}" for head, value in zip(heads, settings.values(), strict=True))
     return f"{cell.strategy}  lr {cell.lr:g}  seed {cell.seed}", cell.rung.label if cell.rung else where

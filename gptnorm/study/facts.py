@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptnorm.recipe import Recipe, to_tree
+from gptnorm.study.cell import TEXT
 from gptnorm.study.ladder import SETS
 from gptnorm.study.ledger import Facts, split
 from gptnorm.study.texts import Texts, describe_texts
@@ -47,6 +48,7 @@ def describe_study(
     data, described = first.config.data, describe_texts(plan.samples, texts)
     text = dict(described[first.text])
     entropy = text.pop("unigram_entropy")
+    del text["trained"]
     return {
         "title": study.title,
         "recipe": recipe.name,
@@ -60,7 +62,7 @@ def describe_study(
             "tokenizer": data.tokenizer,
             **text,
         },
-        **({"texts": described} if len(described) > 1 else {}),
+        **({"texts": described} if len(described) > 1 or TEXT in dict(first.setup.place) else {}),
         "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
         "environments": [{key: value for key, value in environment.items() if key != "started"}],
         "unigram_entropy": entropy,

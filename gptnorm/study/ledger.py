@@ -180,8 +180,11 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "places": _union(before.get("places", []), now["places"]),
         }
-    if "texts" in facts:
-        found["texts"] = {**earlier.get("texts", {}), **facts["texts"]}
+    if texts := {**earlier.get("texts", {}), **facts.get("texts", {})}:
+        found["texts"] = texts
+    if _maps_texts(earlier):
+        # Of the first text of all.
+        found |= {key: earlier[key] for key in ("data", "unigram_entropy")}
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
     found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
     return found
@@ -208,10 +211,12 @@ def settings_by_strategy(facts: Facts) -> dict[str, dict[str, Any]]:
 
 
 def text_of(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What study.json says of the text that runs with these settings train on, which name it where it is mapped."""
+    """What study.json says of the text that runs with these settings train on, which name it where it is mapped; empty
+    where nothing is known of it."""
     path = settings.get(TEXT)
-    found = None if path is None else (facts.get("texts") or {}).get(text_name(path))
-    return found or {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
+    if path is not None:
+        return (facts.get("texts") or {}).get(text_name(path)) or {}
+    return {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
 
 
 def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
@@ -220,7 +225,7 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     yield "ladder", earlier.get("ladder", {}).get("axis"), facts.get("ladder", {}).get("axis")
     a, b = (part.get("tolerance", {}) for part in (earlier, facts))
     yield "study.pick", a.get("pick"), b.get("pick")
-    yield "study.evaluate", a.get("evaluate", []), b.get("evaluate", [])
+    yield "study.evaluate", sorted(a.get("evaluate", [])), sorted(b.get("evaluate", []))
     before, now = (sorted((part.get("places") or [{}])[0]) for part in (a, b))
     yield "settings mapped", before, now
     before, now = settings_by_strategy(earlier), settings_by_strategy(facts)
@@ -232,13 +237,19 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
             # Where and how a run is computed may change; environments say it.
             if not key.startswith(HOW):
                 yield key, a.get(key), b.get(key)
-    yield "data.fingerprint", earlier["data"]["fingerprint"], facts["data"]["fingerprint"]
+    if not _maps_texts(earlier):
+        yield "data.fingerprint", earlier["data"]["fingerprint"], facts["data"]["fingerprint"]
     a, b = (part.get("texts", {}) for part in (earlier, facts))
     for name in a.keys() & b.keys():
         yield f"the text {name!r}", a[name]["fingerprint"], b[name]["fingerprint"]
     a, b = (part.get("ladder", {}).get("settings", {}) for part in (earlier, facts))
     for label in a.keys() & b.keys():
         yield label, a[label], b[label]
+
+
+def _maps_texts(facts: Facts) -> bool:
+    """Whether each place has a text of its own."""
+    return any(TEXT in place for place in facts.get("tolerance", {}).get("places", ()))
 
 
 def _is_whole(facts: Facts) -> bool:

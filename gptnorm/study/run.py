@@ -21,9 +21,9 @@ from gptnorm.study.facts import describe_study
 from gptnorm.study.join import Part
 from gptnorm.study.ledger import Facts, Ledger, text_of
 from gptnorm.study.pool import Outcome, run_cells
-from gptnorm.study.texts import Texts, prepare_texts
+from gptnorm.study.texts import Texts, naming, prepare_texts
 from gptnorm.study.workers import workers_for
-from gptnorm.train.inputs import check_vocab, open_batches, resolve_device
+from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
 
 Lines = Mapping[str, Mapping[str, Any]]
 """The ledger's line of each run that has ended, by the run's folder."""
@@ -126,7 +126,7 @@ def run_study(
         (environment,) = ledger.begin(facts)
 
         def wanted() -> list[Cell]:
-            return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {})["unigram_entropy"])
+            return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {}).get("unigram_entropy"))
 
         ledger.complete(not wanted() and kind.part == (1, 1))
         if not wanted():
@@ -158,8 +158,11 @@ def _check(samples: list[Cell], texts: Texts) -> None:
     """Finds what else can be wrong with the input: the text, the vocabulary, what a strategy or rule refuses."""
     built = set()
     for cell in samples:
-        for name in (cell.text, *cell.evaluated):
-            open_batches(cell.config, texts[name])
+        with naming(cell.text, texts):
+            open_batches(cell.config, texts[cell.text])
+        for name in cell.evaluated:
+            with naming(name, texts):
+                open_validation(cell.config, texts[name])
         kind = (cell.strategy, cell.label)
         if kind not in built:
             built.add(kind)

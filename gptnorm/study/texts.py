@@ -5,14 +5,14 @@ Most studies have one. A tolerance study that maps `data.path` has one at each p
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptnorm.config import DataConfig
 from gptnorm.data import Shards, prepare
 from gptnorm.errors import UserError, bad_value
 from gptnorm.train.inputs import check_vocab, refuse_unknown_ids
@@ -32,19 +32,34 @@ def prepare_texts(cells: Sequence[Cell]) -> dict[str, Shards]:
     """
     wanted = {name: replace(cell.config.data, path=name) for cell in cells for name in cell.evaluated}
     wanted |= {cell.text: cell.config.data for cell in cells}
-    texts = {name: _prepare(name, data, alone=len(wanted) == 1) for name, data in wanted.items()}
+    texts: dict[str, Shards] = {}
+    for name, data in wanted.items():
+        with naming(name, wanted):
+            texts[name] = prepare(data)
     for own, name in dict.fromkeys((cell.text, name) for cell in cells for name in cell.evaluated):
-        if texts[own].tokenizer != texts[name].tokenizer:
-            reason = f'has other tokens than {own!r}; data.tokenizer must be "bytes" or a tokenizer.json, for all texts'
-            raise bad_value("study.evaluate", name, reason)
+        _check_tokens(own, name, texts)
     return texts
 
 
-def _prepare(name: str, data: DataConfig, *, alone: bool) -> Shards:
+def _check_tokens(own: str, name: str, texts: Texts) -> None:
+    mine, theirs = texts[own].tokenizer, texts[name].tokenizer
+    if own == name or (mine == theirs and mine is not None):
+        return
+    if mine is None or theirs is None:
+        which = own if mine is None else name
+        reason = f"{which!r} is shards without a manifest.json, which do not say what tokenizer they are of"
+    else:
+        reason = f'has other tokens than {own!r}; data.tokenizer must be "bytes" or a tokenizer.json, for all texts'
+    raise bad_value("study.evaluate", name, reason)
+
+
+@contextlib.contextmanager
+def naming(name: str, texts: Collection[str]) -> Iterator[None]:
+    """Has what is wrong with one of several texts say which."""
     try:
-        return prepare(data)
+        yield
     except UserError as error:
-        if alone or name in str(error):
+        if len(texts) == 1 or name in str(error):
             raise
         raise UserError(f"{name}: {error}") from None
 
@@ -61,6 +76,7 @@ def describe_texts(cells: Sequence[Cell], texts: Texts) -> dict[str, dict[str, A
             "train_tokens": len(shards.train),
             "val_tokens": len(shards.val),
             "unigram_entropy": entropy if math.isfinite(entropy) else None,
+            "trained": any(cell.text == name for cell in cells),
         }
     return found
 

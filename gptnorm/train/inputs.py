@@ -52,14 +52,21 @@ def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarr
     """
     train = config.train
     sampler = Sampler(shards.train, train.batch_size, train.seq_len, config.seed)
+    refuse_unknown_ids(sampler.batch(0), check_vocab(config, shards))
+    return sampler, open_validation(config, shards)
+
+
+def open_validation(config: Config, shards: Shards) -> list[np.ndarray]:
+    """The validation windows; UserError if the split is too short for one."""
+    train = config.train
     micro = train.batch_size // train.accumulate
     # As many windows however the batch is cut, so that accumulation does not change what is measured.
     batches = train.eval_batches * train.accumulate
     validation = list(validation_windows(shards.val, micro, train.seq_len, batches))
     vocab = check_vocab(config, shards)
-    for tokens in (sampler.batch(0), *validation):
+    for tokens in validation:
         refuse_unknown_ids(tokens, vocab)
-    return sampler, validation
+    return validation
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:

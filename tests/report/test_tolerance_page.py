@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tolerance_folders import Bowl, line, lines_of, make_tolerance
 from gptnorm import cli
 from gptnorm.report import load_tolerance, markdown_tolerance
 from gptnorm.report.html import write_study_report
+from gptnorm.report.tolerance_ledger import short_names
 from gptnorm.report.tolerance_plots import loss_against_rate, rate_line, tolerance_bars
 from gptnorm.report.tolerance_table import grids
 
@@ -197,7 +199,10 @@ def elsewhere_folder(path: Path, places: list[str]) -> Path:
         other = 3.0 + 0.02 * seed + (0.2 if name == "ours" else 0.0)
         more = {"place": {"data.path": place}} if place else {}
         lines.append(line(name, lr, seed, loss, elsewhere={"deep/a.txt": loss, "b": other}, **more))
-    texts = {name: {"fingerprint": "f", "vocab": 256, "unigram_entropy": 5.0} for name in ("deep/a.txt", "b")}
+    texts = {
+        "deep/a.txt": {"fingerprint": "f", "vocab": 256, "unigram_entropy": 5.0, "trained": True},
+        "b": {"fingerprint": "g", "vocab": 16, "unigram_entropy": 1.95, "trained": bool(places[0])},
+    }
     return make_tolerance(
         path,
         lines,
@@ -223,22 +228,47 @@ def test_losses_elsewhere(tmp_path: Path) -> None:
     assert [str(row[2]).split()[0] for row in losses.rows] == ["3.0600", "3.2600"]
     raw = write_study_report(tmp_path / "one").read_text(encoding="utf-8")
     check(raw)
-    assert "On each text: mean loss over as many validation windows" in text_of(raw)
+    assert "On each text: mean loss over at most as many validation windows" in text_of(raw)
 
 
 def test_places_with_texts_of_their_own(tmp_path: Path) -> None:
-    """At "b" the entropy is 5, so that runs are stable that "a text of entropy 2.05" would call collapsed."""
+    """By the entropy of "b" all runs of it have collapsed, by that of the other text none has."""
     study = load_tolerance(elsewhere_folder(tmp_path / "two", ["deep/a.txt", "b"]))
-    assert [place.entropy for place in study.places] == [5.0, 5.0]
-    assert all(not track.failed for place in study.places for track in place.own.values())
+    first, second = study.places
+    assert (first.entropy, second.entropy) == (5.0, 1.95)
+    assert (first.own["base"].cap, second.own["base"].cap) == (math.log(256), math.log(16))
+    assert all(track.best and not track.failed for track in first.own.values())
+    assert all(track.best is None for track in second.own.values())
+    assert study.entropy is None
+    assert "that of its text" in markdown_tolerance(study)
+    write_study_report(tmp_path / "two")
+    path = tmp_path / "two/study.json"
+    path.write_text(path.read_text().replace("1.95", "4.0"))
+    study = load_tolerance(tmp_path / "two")
     found = {grid.title: grid for grid in grids(study)}
     beside = found["Loss minus base's on each text, each at its own best rate"]
     assert beside.head == ("path", "strategy", "on a", "on b")
-    assert [row[:2] for row in beside.rows] == [("deep/a.txt", "ours"), ("b", "ours")]
+    assert [row[:2] for row in beside.rows] == [("a", "ours"), ("b", "ours")]
     raw = write_study_report(tmp_path / "two").read_text(encoding="utf-8")
     check(raw)
     assert raw.count("<figure>") == 3 + 2, "loss, loss on a, on b; loss against rate at each place"
     assert "Text deep/a.txt" in text_of(raw)
+    assert text_of(raw).count("trained on; tokens: ") == 2
+
+
+def test_names_of_texts() -> None:
+    assert short_names(["sotu", "x/german.jsonl", "german.jsonl.gz"]) == {
+        "sotu": "sotu",
+        "x/german.jsonl": "german.jsonl",
+        "german.jsonl.gz": "german.jsonl.gz",
+    }
+    assert short_names(["/a/b/articles.txt", "/a/c/articles.txt"]) == {
+        "/a/b/articles.txt": "b/articles",
+        "/a/c/articles.txt": "c/articles",
+    }
+    assert short_names(["x/a.txt, y/b.txt", "b.txt"]) == {"x/a.txt, y/b.txt": "a, b", "b.txt": "b"}
+    assert short_names(["./b.txt", "b.txt"]) == {"./b.txt": "./b.txt", "b.txt": "b.txt"}
+    assert short_names([]) == {}
 
 
 def test_a_failed_seed_has_no_mean_elsewhere(tmp_path: Path) -> None:
@@ -253,3 +283,17 @@ def test_a_failed_seed_has_no_mean_elsewhere(tmp_path: Path) -> None:
     assert track.elsewhere("b") is None
     assert study.places[0].pairs(tuned=False)["ours"].difference_on("b") is None
     assert study.places[0].own["base"].elsewhere("b") is not None
+
+
+def test_a_loss_elsewhere_that_is_not_finite_is_not_left_out_of_a_mean(tmp_path: Path) -> None:
+    folder = elsewhere_folder(tmp_path / "one", [""])
+    rows = [json.loads(text) for text in (folder / "cells.jsonl").read_text().splitlines()]
+    for row in rows:
+        if (row["strategy"], row["seed"]) == ("ours", 3):
+            row["elsewhere"]["b"] = None
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = load_tolerance(folder).places[0]
+    assert place.own["ours"].elsewhere("b") is None
+    assert place.own["ours"].elsewhere("deep/a.txt") is not None
+    assert place.pairs(tuned=False)["ours"].difference_on("b") is None
+    assert place.pairs(tuned=False)["ours"].difference is not None

@@ -66,5 +66,6 @@ def test_a_bar_with_the_runs_below(cells, monkeypatch):
         assert first.endswith("…")
         assert second.startswith("prenorm  lr 0.02  seed 3  step 0 of 10, loss 5.50")
         shown.finished(cells[0], ended(1.0))
+        shown.running({cells[0].folder: (9, 1.0)})  # said before it ended, heard after
         assert shown._progress.running == [second.rstrip()]
     assert display.Display(console)._count() == "0/0 runs"
