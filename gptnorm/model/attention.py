@@ -39,9 +39,9 @@ class CausalAttention(nn.Module):
         self.k = Projection("k", layer, shape, strategy)
         self.v = Projection("v", layer, shape, strategy)
         self.o = Projection("o", layer, shape, strategy)
-        self.q_norm = _HeadNorm(spec.q) if spec.q else None
-        self.k_norm = _HeadNorm(spec.k) if spec.k else None
-        self.v_norm = _HeadNorm(spec.v) if spec.v else None
+        self.q_norm = HeadNorm(spec.q) if spec.q else None
+        self.k_norm = HeadNorm(spec.k) if spec.k else None
+        self.v_norm = HeadNorm(spec.v) if spec.v else None
         self.qk_scale = spec.qk_scale.build() if spec.qk_scale else None
         self.rope_first = spec.rope_first
         self.softmax_scale = spec.softmax_scale
@@ -141,7 +141,7 @@ def _causal(logits_BHTT: Tensor) -> Tensor:
     return logits_BHTT.masked_fill(future, float("-inf"))
 
 
-class _HeadNorm(nn.Module):
+class HeadNorm(nn.Module):
     """A norm of a (…, heads, features) tensor, per head or over all heads together."""
 
     def __init__(self, spec: Norm | Frozen) -> None:

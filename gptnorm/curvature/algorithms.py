@@ -1,0 +1,268 @@
+r"""What can be learned of a symmetric operator from its products.
+
+| function | finds | says how sure it is by |
+|---|---|---|
+| `power_iteration` | the eigenvalue of largest modulus | its residual $\lVert A v - \lambda v \rVert$ |
+| `lanczos` | the largest and smallest eigenvalues | each one's residual |
+| `spectral_density` | the distribution of eigenvalues | the spread over probes |
+| `hutchinson`, `hutch_pp` | the trace | the standard error over probes |
+
+A symmetric operator has an eigenvalue within the residual of λ. Everything is drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptnorm.curvature.operators import Operator
+
+MOST_STEPS = 200
+"""Products after which an iteration gives up."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Eigenpair:
+    """An eigenvalue with its vector, as far as it has converged."""
+
+    value: float
+    vector: Tensor
+    """Of length 1."""
+    residual: float
+    """‖A v - λ v‖: some eigenvalue is no further from `value`."""
+    products: int
+    """Products that it took, those of the other pairs of the same call included."""
+
+    def converged(self, tolerance: float) -> bool:
+        """Whether the residual is at most that part of the value."""
+        return self.residual <= tolerance * abs(self.value)
+
+
+def power_iteration(operator: Operator, *, tolerance: float = 1e-3, most: int = MOST_STEPS, seed: int = 0) -> Eigenpair:
+    """The eigenvalue of largest modulus.
+
+    Args:
+        tolerance: of the residual, relative to the value; it stops there, or after `most` products.
+    """
+    v = _unit(_draw(operator, seed))
+    for count in range(1, most + 1):
+        w = operator(v)
+        value = float(v @ w)
+        residual = float((w - value * v).norm())
+        length = w.norm()
+        if residual <= tolerance * abs(value) or length == 0 or count == most:
+            return Eigenpair(value=value, vector=v, residual=residual, products=count)
+        v = w / length
+    raise AssertionError("most must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tridiagonal:
+    """A on a Krylov space: Q's rows are orthonormal, Q A Qᵀ is tridiagonal."""
+
+    alphas: list[float]
+    """Its diagonal."""
+    betas: list[float]
+    """Beside it; the last is the norm of what leaves the space, 0 where it is invariant."""
+    basis: Tensor
+    """Q, (steps, size)."""
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Ritz values, ascending, and the eigenvectors of the tridiagonal matrix as columns, both in fp64."""
+        alphas, betas = (torch.tensor(x, dtype=torch.float64) for x in (self.alphas, self.betas[:-1]))
+        return torch.linalg.eigh(torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1))
+
+
+class Krylov:
+    """A Lanczos recurrence that can go on, with full reorthogonalisation: it keeps a vector for each step."""
+
+    def __init__(self, operator: Operator, start: Tensor) -> None:
+        self._operator = operator
+        self._rows: list[Tensor] = [_unit(start)]
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+
+    def step(self) -> bool:
+        """One product more; False if the space is invariant, so that nothing is left to find."""
+        q = self._rows[-1]
+        w = self._operator(q)
+        self.alphas.append(float(q @ w))
+        basis = torch.stack(self._rows)
+        for _ in range(2):  # twice is enough: once leaves an error of the size of what was taken away
+            w = w - basis.mT @ (basis @ w)
+        beta = float(w.norm())
+        self.betas.append(beta)
+        scale = max(map(abs, (*self.alphas, *self.betas)))
+        if len(self._rows) == self._operator.space.size or beta <= 16 * torch.finfo(w.dtype).eps * scale:
+            self.betas[-1] = 0.0
+            return False
+        self._rows.append(w / beta)
+        return True
+
+    @property
+    def found(self) -> Tridiagonal:
+        """What the steps so far have found."""
+        return Tridiagonal(
+            alphas=list(self.alphas), betas=list(self.betas), basis=torch.stack(self._rows[: len(self.alphas)])
+        )
+
+
+def lanczos(
+    operator: Operator,
+    *,
+    largest: int = 1,
+    smallest: int = 0,
+    tolerance: float = 1e-3,
+    most: int = MOST_STEPS,
+    seed: int = 0,
+) -> tuple[list[Eigenpair], list[Eigenpair]]:
+    """The eigenvalues at both ends of the spectrum.
+
+    Eigenvalues that are equal are found once: a Krylov space holds one vector of each eigenspace.
+
+    Args:
+        largest, smallest: how many of each.
+        tolerance: of each residual, relative to the largest modulus found; it stops where all keep it, where nothing is
+            left to find, or after `most` products.
+
+    Returns:
+        The largest, descending, and the smallest, ascending; fewer where the space is exhausted.
+    """
+    krylov = Krylov(operator, _draw(operator, seed))
+    for count in range(1, most + 1):
+        more = krylov.step()
+        enough = count >= largest + smallest
+        if not more or count == most or (enough and _settled(krylov, largest, smallest, tolerance)):
+            break
+    found = krylov.found
+    values, vectors = found.eigen()
+    count = len(values)
+    beta = found.betas[-1]
+
+    def pair(index: int) -> Eigenpair:
+        s = vectors[:, index]
+        return Eigenpair(
+            value=float(values[index]),
+            vector=_unit(found.basis.mT @ s.to(found.basis)),
+            residual=abs(beta * float(s[-1])),
+            products=count,
+        )
+
+    return (
+        [pair(count - 1 - i) for i in range(min(largest, count))],
+        [pair(i) for i in range(min(smallest, count))],
+    )
+
+
+def _settled(krylov: Krylov, largest: int, smallest: int, tolerance: float) -> bool:
+    values, vectors = krylov.found.eigen()
+    residuals = krylov.betas[-1] * vectors[-1].abs()
+    wanted = [*range(len(values) - largest, len(values)), *range(smallest)]
+    return bool((residuals[wanted] <= tolerance * values.abs().max()).all())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Density:
+    """A spectrum as points with weights that sum to 1."""
+
+    values: Tensor
+    """Eigenvalues, (probes, steps), fp64."""
+    weights: Tensor
+    """Of each, (probes, steps); a row sums to 1."""
+
+    def moment(self, power: int) -> tuple[float, float | None]:
+        """The mean of λ^power over the spectrum, and its standard error over probes; None from one probe."""
+        return _mean_and_error((self.weights * self.values**power).sum(1).tolist())
+
+    def on_grid(self, grid: Tensor, width: float) -> Tensor:
+        """The density at each point of a grid, each eigenvalue a Gaussian of that standard deviation."""
+        gaps = (grid[:, None, None] - self.values) / width
+        bumps = torch.exp(-0.5 * gaps.square()) / (width * math.sqrt(2 * math.pi))
+        return (bumps * self.weights).sum(-1).mean(-1)
+
+
+def spectral_density(operator: Operator, *, steps: int = 60, probes: int = 4, seed: int = 0) -> Density:
+    r"""Stochastic Lanczos quadrature: Gauss quadrature of the spectral measure of random vectors.
+
+    Of the moments up to 2 · steps - 1 only the probes' randomness is an error.
+
+    Source: Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159); Ubaru, Chen and Saad 2017.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
+    for probe in range(probes):
+        krylov = Krylov(operator, operator.space.draw(generator))
+        for _ in range(steps):
+            if not krylov.step():
+                break
+        nodes, vectors = krylov.found.eigen()
+        values[probe, : len(nodes)] = nodes
+        weights[probe, : len(nodes)] = vectors[0].square()
+    return Density(values=values, weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """An estimate of a trace."""
+
+    value: float
+    error: float | None
+    """Standard error over probes; None where there is none to be had."""
+    products: int
+
+
+def hutchinson(operator: Operator, *, probes: int = 32, seed: int = 0) -> Trace:
+    """The mean of zᵀ A z over vectors z of random signs."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [_form(operator, _signs(operator, generator)) for _ in range(probes)]
+    value, error = _mean_and_error(found)
+    return Trace(value=value, error=error, products=probes)
+
+
+def hutch_pp(operator: Operator, *, probes: int = 32, seed: int = 0) -> Trace:
+    """Hutch++: a third of the products finds a subspace that holds most of A, whose trace is then exact; the rest is
+    estimated on what is orthogonal to it.
+
+    The error falls as 1 / probes where that of `hutchinson` falls as its root.
+
+    Source: Meyer, Musco, Musco and Woodruff 2021 (arXiv 2010.09649), Algorithm 1.
+    """
+    third = max(1, probes // 3)
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.stack([operator(_signs(operator, generator)) for _ in range(min(third, operator.space.size))])
+    q = torch.linalg.qr(sketch.mT.double()).Q.mT.to(sketch)
+    exact = sum(_form(operator, row) for row in q)
+    found = []
+    for _ in range(third):
+        z = _signs(operator, generator)
+        found.append(_form(operator, z - q.mT @ (q @ z)))
+    value, error = _mean_and_error(found)
+    return Trace(value=exact + value, error=error, products=2 * len(q) + third)
+
+
+def _form(operator: Operator, v: Tensor) -> float:
+    return float(v @ operator(v))
+
+
+def _draw(operator: Operator, seed: int) -> Tensor:
+    return operator.space.draw(torch.Generator().manual_seed(seed))
+
+
+def _signs(operator: Operator, generator: torch.Generator) -> Tensor:
+    return operator.space.draw(generator).sign()
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / v.norm()
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

@@ -1,0 +1,235 @@
+r"""Symmetric linear maps of flat vectors, known by their products alone.
+
+| operator | product |
+|---|---|
+| `Hessian` | $\nabla^2 \ell\; v$, by differentiating $\langle \nabla \ell, v \rangle$ |
+| `GaussNewton` | $J^\top H_{zz} J\, v$ of $\ell(z(\theta))$ with outputs z, J their Jacobian |
+| `FiniteDifference` | $(\nabla \ell(\theta + h v) - \nabla \ell(\theta - h v)) / 2h$ |
+| `Scaled` | $S A S\, v$ with a diagonal S: what a preconditioner makes of A |
+
+A loss may come in parts that sum to it, one per micro-batch: then one part's graph is in memory at a time. The graph of
+a single part is kept between products, which makes each of them cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gptnorm.curvature.vectors import Space
+
+Loss = Callable[[], Tensor]
+"""Computes a scalar from leaves that require gradients."""
+
+
+class Operator(Protocol):
+    """A symmetric linear map of vectors (size,)."""
+
+    @property
+    def space(self) -> Space:
+        """Where its vectors live."""
+        ...
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with v."""
+        ...
+
+
+class Hessian:
+    """Of a loss with respect to some leaves.
+
+    Args:
+        losses: parts that sum to the loss.
+        leaves: tensors that require gradients; what does not enter a loss has zeros.
+        keep: whether the graph of the gradient stays in memory between products; by default if there is one part.
+            Whatever it was computed from must not change meanwhile.
+    """
+
+    def __init__(self, losses: Sequence[Loss], leaves: Sequence[Tensor], *, keep: bool | None = None) -> None:
+        self.space = Space(leaves)
+        self._losses, self._leaves = list(losses), list(leaves)
+        self._keep = len(self._losses) == 1 if keep is None else keep
+        self._kept: list[list[Tensor]] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        parts = self.space.split(v)
+        for index in range(len(self._losses)):
+            total += self._product(self._gradient(index), parts)
+        return total
+
+    def gradient(self) -> Tensor:
+        """Of the loss itself."""
+        total = torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
+        for index in range(len(self._losses)):
+            total += self.space.join([part.detach() for part in self._gradient(index)])
+        return total
+
+    def _gradient(self, index: int) -> list[Tensor]:
+        """Of a part, with its graph."""
+        if not self._keep:
+            return gradient_graph(self._losses[index](), self._leaves)
+        if self._kept is None:
+            self._kept = [gradient_graph(loss(), self._leaves) for loss in self._losses]
+        return self._kept[index]
+
+    def _product(self, gradient: list[Tensor], parts: list[Tensor]) -> Tensor:
+        # A gradient that does not depend on any leaf has no graph: its derivative is 0.
+        pairs = [(g, v) for g, v in zip(gradient, parts, strict=True) if g.requires_grad]
+        if not pairs:
+            return torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
+        outputs, vectors = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs, self._leaves, vectors, retain_graph=self._keep, allow_unused=True, materialize_grads=True
+        )
+        return self.space.join(found)
+
+
+def gradient_graph(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient, itself differentiable; zeros for leaves that the loss does not depend on."""
+    return list(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True))
+
+
+class Part(NamedTuple):
+    """One of several losses that sum to the loss."""
+
+    outputs: Callable[[], Tensor]
+    """z, from the leaves."""
+    loss: Callable[[Tensor], Tensor]
+    """ℓ of z."""
+
+
+class GaussNewton:
+    """Of losses of outputs, with respect to some leaves: the Hessian without the second derivatives of the outputs.
+
+    Args: as those of `Hessian`.
+    """
+
+    def __init__(self, parts: Sequence[Part], leaves: Sequence[Tensor], *, keep: bool | None = None) -> None:
+        self.space = Space(leaves)
+        self._parts, self._leaves = list(parts), list(leaves)
+        self._keep = len(self._parts) == 1 if keep is None else keep
+        self._kept: list[Jacobian] | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        for index, part in enumerate(self._parts):
+            linear = self._linear(index)
+            pushed = linear.push(self.space.split(v))
+            total += self.space.join(linear.pull(second_derivative(part.loss, linear.z, pushed)))
+        return total
+
+    def _linear(self, index: int) -> Jacobian:
+        if not self._keep:
+            return Jacobian(self._parts[index].outputs(), self._leaves)
+        if self._kept is None:
+            self._kept = [Jacobian(part.outputs(), self._leaves) for part in self._parts]
+        return self._kept[index]
+
+
+class Jacobian:
+    """Products with the Jacobian J of outputs z."""
+
+    def __init__(self, z: Tensor, leaves: Sequence[Tensor]) -> None:
+        self._graph, self._leaves = z, list(leaves)
+        self.z = z.detach()
+        # Jᵀu is linear in u: differentiated with respect to u, whatever u is, it gives J v. No forward mode is needed,
+        # which not every kernel has.
+        self._u = torch.zeros_like(z, requires_grad=True)
+        self._pulled: list[Tensor] | None = None
+
+    def push(self, parts: Sequence[Tensor]) -> Tensor:
+        """J v."""
+        if self._pulled is None:
+            self._pulled = list(self._pull(self._u, create_graph=True))
+        pairs = [(p, v) for p, v in zip(self._pulled, parts, strict=True) if p.requires_grad]
+        if not pairs:
+            return torch.zeros_like(self.z)
+        outputs, vectors = zip(*pairs, strict=True)
+        (found,) = torch.autograd.grad(outputs, self._u, vectors, retain_graph=True)
+        return found
+
+    def pull(self, u: Tensor) -> Sequence[Tensor]:
+        """Jᵀ u."""
+        return self._pull(u, create_graph=False)
+
+    def _pull(self, u: Tensor, *, create_graph: bool) -> Sequence[Tensor]:
+        return torch.autograd.grad(
+            self._graph,
+            self._leaves,
+            u,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+def second_derivative(loss: Callable[[Tensor], Tensor], z: Tensor, u: Tensor) -> Tensor:
+    """The Hessian of a loss at z, times u; nothing of z's own history enters."""
+    z = z.detach().requires_grad_()
+    (gradient,) = gradient_graph(loss(z), [z])
+    if not gradient.requires_grad:
+        return torch.zeros_like(z)
+    (found,) = torch.autograd.grad(gradient, z, u, allow_unused=True, materialize_grads=True)
+    return found
+
+
+class FiniteDifference:
+    r"""A Hessian from gradients at two points: central differences, with an error of order $h^2$.
+
+    It needs kernels with one derivative only, and changes the leaves in place, to put them back afterwards bit by bit.
+
+    Args:
+        gradient: of the loss at the leaves as they are, flat.
+        leaves: where they are.
+        step: h, of a vector v scaled to the norm of the leaves; by default $\epsilon^{1/3}$ of the dtype, which
+            balances the error of the difference against that of rounding.
+    """
+
+    def __init__(self, gradient: Callable[[], Tensor], leaves: Sequence[Tensor], *, step: float | None = None) -> None:
+        self.space = Space(leaves)
+        self._gradient, self._leaves = gradient, list(leaves)
+        self._step = torch.finfo(self.space.dtype).eps ** (1 / 3) if step is None else step
+
+    def __call__(self, v: Tensor) -> Tensor:
+        length = v.norm()
+        if length == 0:
+            return torch.zeros_like(v)
+        before = [leaf.detach().clone() for leaf in self._leaves]
+        scale = self.space.join(before).norm()
+        h = self._step * (scale if scale > 0 else torch.ones_like(scale)) / length
+        parts = self.space.split(v)
+        try:
+            ahead = self._at(before, parts, h)
+            behind = self._at(before, parts, -h)
+        finally:
+            self._move(before, parts, torch.zeros_like(h))
+        return (ahead - behind) / (2 * h)
+
+    def _at(self, before: Sequence[Tensor], parts: Sequence[Tensor], h: Tensor) -> Tensor:
+        self._move(before, parts, h)
+        return self._gradient()
+
+    @torch.no_grad()
+    def _move(self, before: Sequence[Tensor], parts: Sequence[Tensor], h: Tensor) -> None:
+        for leaf, old, part in zip(self._leaves, before, parts, strict=True):
+            leaf.copy_(old if h == 0 else old + h * part)
+
+
+class Scaled:
+    """S A S with a diagonal S.
+
+    With $S = P^{-1/2}$ its eigenvalues are those of $P^{-1} A$: what a step of $-\\eta P^{-1} \\nabla \\ell$ sees.
+    """
+
+    def __init__(self, operator: Operator, diagonal: Tensor) -> None:
+        assert diagonal.shape == (operator.space.size,)
+        self.space = operator.space
+        self._operator, self._diagonal = operator, diagonal
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self._diagonal * self._operator(self._diagonal * v)
