@@ -2,7 +2,8 @@
 
 - `language.LanguageLoss`: Hessian and Gauss-Newton matrix over parameters;
 - `activation.SlotLoss`: the Hessian in what one module reads, split into L and C;
-- `algorithms`: extreme eigenvalues, spectra and traces of any operator, each with how sure it is.
+- `algorithms`: extreme eigenvalues, spectra and traces of any operator, each with how sure it is;
+- `checks`: whether a product can be believed; `rates`: how large a step the loss bears.
 """
 
 from gptnorm.curvature.activation import SlotLoss, slots_of
@@ -16,11 +17,14 @@ from gptnorm.curvature.algorithms import (
     power_iteration,
     spectral_density,
 )
+from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss, parameters_of
 from gptnorm.curvature.operators import FiniteDifference, GaussNewton, Hessian, Operator, Part, Scaled
+from gptnorm.curvature.rates import CriticalRate, critical_rate
 from gptnorm.curvature.vectors import Space
 
 __all__ = [
+    "CriticalRate",
     "Density",
     "Eigenpair",
     "FiniteDifference",
@@ -33,11 +37,13 @@ __all__ = [
     "SlotLoss",
     "Space",
     "Trace",
+    "critical_rate",
     "hutch_pp",
     "hutchinson",
     "lanczos",
     "parameters_of",
     "power_iteration",
+    "refuse_wrong_products",
     "slots_of",
     "spectral_density",
 ]

@@ -1,0 +1,69 @@
+r"""How large a step the loss bears, from forward passes alone.
+
+Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) > \ell(\theta)$. Of a
+quadratic loss and $u = \nabla \ell$ it is $2\, u^\top u / u^\top H u$, so that $2 / \eta_c$ is a directional sharpness.
+
+Source: Kalra et al. 2025 (critical sharpness); the bracketing is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalRate:
+    """A rate between two that were tried."""
+
+    low: float
+    """The largest tried below `high` at which the loss is no higher than at the start; 0: none."""
+    high: float | None
+    """The smallest at which it is higher, or not finite; None: nowhere up to the largest rate tried."""
+    passes: int
+    """Evaluations of the loss."""
+
+    @property
+    def value(self) -> float | None:
+        """The geometric mean of both; None where one is not known."""
+        return math.sqrt(self.low * self.high) if self.high is not None and self.low > 0 else None
+
+
+def critical_rate(
+    loss_at: Callable[[float], float], start: float, *, tolerance: float = 0.05, most: int = 60
+) -> CriticalRate:
+    """Doubles or halves from `start` until it is bracketed, then bisects in the logarithm.
+
+    Args:
+        loss_at: the loss after a step of that rate; 0: none.
+        start: a rate to begin with, above 0.
+        tolerance: the bracket is at most this factor (plus one) wide.
+        most: evaluations of the loss, the one at 0 included.
+    """
+    assert start > 0
+    floor = loss_at(0.0)
+    passes = 1
+
+    def holds(rate: float) -> bool:
+        nonlocal passes
+        passes += 1
+        return loss_at(rate) <= floor  # False for NaN
+
+    low, high = 0.0, None
+    rate, first = start, holds(start)
+    while passes < most:
+        low, high = (rate, high) if first else (low, rate)
+        following = rate * 2 if first else rate / 2
+        if not 0 < following < math.inf:
+            return CriticalRate(low=low, high=high, passes=passes)
+        rate, now = following, holds(following)
+        if now != first:
+            low, high = (rate, high) if now else (low, rate)
+            break
+    if high is None or low == 0:
+        return CriticalRate(low=low, high=high, passes=passes)
+    while high / low > 1 + tolerance and passes < most:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return CriticalRate(low=low, high=high, passes=passes)

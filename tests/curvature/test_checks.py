@@ -1,0 +1,102 @@
+"""Products that are wrong are refused, and steps that are too long are found."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dense import batch, model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptnorm.curvature import LanguageLoss
+from gptnorm.curvature.checks import refuse_wrong_products
+from gptnorm.curvature.rates import critical_rate
+from gptnorm.errors import UserError
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """silu with the right gradient, whose own derivative is silently that of a constant factor: a kernel that saves its
+    slope and multiplies by it, as hand-written ones do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.sigmoid() * (1 + x * (1 - x.sigmoid())))
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strategy", ["prenorm", "simplenorm", "postnorm", "angpt"])
+def test_right_products_pass(strategy, dtype):
+    loss = LanguageLoss(model(strategy).to(dtype), [batch()])
+    with loss.measuring():
+        found = refuse_wrong_products(loss.hessian(), loss.finite_difference())
+    assert found < (3e-2 if dtype == torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kernel_without_a_second_derivative_is_refused(dtype):
+    gpt = model("prenorm").to(dtype)
+    for block in gpt.blocks:
+        block.ffn.act = OnceDifferentiable.apply
+    loss = LanguageLoss(gpt, [batch()])
+    with loss.measuring(), pytest.raises(UserError, match=r"differs from finite differences of the gradient by \d"):
+        refuse_wrong_products(loss.hessian(), loss.finite_difference())
+
+
+def test_differences_leave_a_kept_graph_alone():
+    loss = LanguageLoss(model("simplenorm"), [batch()])
+    with loss.measuring():
+        hessian = loss.hessian()
+        v = hessian.space.draw(torch.Generator().manual_seed(0))
+        before = hessian(v)
+        loss.finite_difference()(v)
+        assert torch.equal(hessian(v), before)
+
+
+@given(st.floats(1e-8, 1e8), st.floats(1e-6, 1e6))
+def test_the_critical_rate_of_a_parabola(curvature, start):
+    """ℓ(η) = -η + curvature η² / 2 is at its start again at 2 / curvature."""
+    found = critical_rate(lambda rate: -rate + 0.5 * curvature * rate**2, start, most=120)
+    assert found.high is not None
+    assert found.low <= 2 / curvature * (1 + 1e-9)
+    assert found.high >= 2 / curvature * (1 - 1e-9)
+    assert found.value == pytest.approx(2 / curvature, rel=0.06)
+
+
+def test_critical_rates_that_are_not_there():
+    falls = critical_rate(lambda rate: -rate, 1.0, most=20)
+    assert (falls.high, falls.value) == (None, None)
+    rises = critical_rate(lambda rate: rate, 1.0, most=20)
+    assert (rises.low, rises.value) == (0.0, None)
+    assert rises.passes == falls.passes == 20
+    explodes = critical_rate(lambda rate: -rate if rate < 3 else math.nan, 1e-3)
+    assert explodes.value == pytest.approx(3, rel=0.06)
+
+
+def test_the_critical_rate_along_the_gradient_of_a_model():
+    """The loss is no higher at the lower end and higher at the upper one; the quadratic's is 2 gᵀg / gᵀHg."""
+    gpt = model("prenorm")
+    loss = LanguageLoss(gpt, [batch()])
+    with loss.measuring():
+        hessian, g = loss.hessian(), loss.gradient()
+        expected = float(2 * (g @ g) / (g @ hessian(g)))
+        parts = hessian.space.split(g)
+        start = [leaf.detach().clone() for leaf in loss.leaves]
+
+        def loss_at(rate):
+            for leaf, old, part in zip(loss.leaves, start, parts, strict=True):
+                leaf.data.copy_(old - rate * part)
+            return loss.value()
+
+        found = critical_rate(loss_at, 0.1)
+        assert found.high is not None
+        assert loss_at(found.low) <= loss_at(0.0) < loss_at(found.high)
+        assert found.high / found.low <= 1.05
+    assert expected / 3 < found.low < 3 * expected
