@@ -1,0 +1,47 @@
+r"""What AdamW sees of the Hessian: preconditioned by its second moments.
+
+An update is $-\eta f\, \hat m / (\sqrt{\hat v} + \epsilon)$, f the factor of the parameter's group. With
+$P = (\sqrt{\hat v} + \epsilon) / f$, which changes slowly, a quadratic loss is stable under it as long as
+
+$$\lambda_\max(P^{-1/2} H P^{-1/2}) < \frac{2 + 2 \beta_1}{(1 - \beta_1)\, \eta}.$$
+
+Source: Cohen et al. 2022 (arXiv 2207.14484), section 2. Weight decay is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptnorm.train.optim import Optimizers
+
+
+def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
+    """The diagonal of $P^{-1/2}$ over leaves that AdamW updates, flat; for `gptnorm.curvature.operators.Scaled`.
+
+    Raises:
+        KeyError: a leaf is not AdamW's, or has not been updated yet.
+    """
+    found: dict[int, Tensor] = {}
+    for part in optimizers.parts:
+        if not isinstance(part, torch.optim.AdamW):
+            continue
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                state = part.state.get(parameter)
+                if state:
+                    found[id(parameter)] = _inverse_root(state, group)
+    return torch.cat([found[id(leaf)].reshape(-1).to(leaf) for leaf in leaves])
+
+
+def _inverse_root(state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
+    (_, beta2), eps, factor = group["betas"], group["eps"], group.get("lr_factor", 1.0)  # type: ignore[misc]
+    second = state["exp_avg_sq"].double() / (1 - float(beta2) ** float(state["step"]))
+    return (float(factor) / (second.sqrt() + float(eps))).sqrt()  # type: ignore[arg-type]
+
+
+def stability_threshold(lr: float, beta1: float) -> float:
+    r"""$(2 + 2 \beta_1) / ((1 - \beta_1)\, \eta)$: the largest preconditioned eigenvalue that a rate bears."""
+    return (2 + 2 * beta1) / ((1 - beta1) * lr)

@@ -1,0 +1,62 @@
+"""What AdamW bears, from its own behaviour on quadratic losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptnorm.curvature import Hessian, Scaled, lanczos
+from gptnorm.curvature.adam import preconditioner, stability_threshold
+from gptnorm.train.optim import Optimizers
+
+
+def quadratic(seed=0, size=6):
+    g = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return g @ g.mT + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize(("part", "stable"), [(0.97, True), (1.03, False)])
+def test_a_rate_below_the_threshold_is_stable_and_one_above_is_not(beta1, factor, part, stable):
+    """With second moments that stay as they are (β2 so near 1), AdamW is heavy-ball with a fixed preconditioner."""
+    a, beta2 = quadratic(), 1 - 1e-13
+    w = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    group = {"params": [w], "lr_factor": factor}
+    adam = torch.optim.AdamW([group], lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=0.0)
+    optimizers = Optimizers([adam])
+    optimizers.prime()
+    state = adam.state[w]
+    state["step"].fill_(1e16)  # no correction of the moments' start
+    moments = torch.linspace(0.1, 2.0, 6, dtype=torch.float64)
+    state["exp_avg_sq"].copy_(moments**2)
+
+    sharpness = Scaled(Hessian([lambda: 0.5 * w @ a @ w], [w]), preconditioner(optimizers, [w]))
+    (largest,), _ = lanczos(sharpness, tolerance=1e-12)
+    exact = torch.linalg.eigvals(factor * torch.diag(1 / (moments + 1e-8)) @ a).real.max()
+    assert largest.value == pytest.approx(float(exact), rel=1e-8)
+
+    lr = stability_threshold(1.0, beta1) / largest.value * part
+    with torch.no_grad():
+        w.fill_(1e-3)
+    optimizers.set_lr(lr)
+    for _ in range(1500):
+        w.grad = (a @ w).detach()
+        optimizers.step()
+        state["exp_avg_sq"].copy_(moments**2)
+    assert (float(w.detach().norm()) < 1e-3) is stable
+
+
+def test_second_moments_are_corrected_for_their_start():
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.AdamW([{"params": [w], "lr_factor": 1.0}], lr=0.0, betas=(0.9, 0.99), eps=0.0)
+    w.grad = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    adam.step()
+    assert preconditioner(Optimizers([adam]), [w]).tolist() == pytest.approx([3**-0.5, 4**-0.5])
+
+
+def test_a_parameter_without_moments_is_refused():
+    w = torch.ones(2, requires_grad=True)
+    adam = torch.optim.AdamW([{"params": [w], "lr_factor": 1.0}], lr=0.1)
+    with pytest.raises(KeyError):
+        preconditioner(Optimizers([adam]), [w])
