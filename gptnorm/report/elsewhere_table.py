@@ -25,19 +25,19 @@ def elsewhere_grids(study: ToleranceStudy) -> list[Grid]:
 def _grid(
     study: ToleranceStudy, title: str, strategies: tuple[str, ...], entry: Callable[[Place, str, str], Entry]
 ) -> Grid | None:
-    """Rows: places, then strategies; columns: texts."""
+    """Rows: places, then texts; columns: strategies."""
+    several = len(study.places) > 1
     rows = []
     for place in study.places:
-        where = [value_text(value) for _, value in place.told] if len(study.places) > 1 else []
-        for name in strategies:
-            found = [entry(place, name, text) for text in study.evaluated]
+        where = [value_text(value) for _, value in place.told] if several else []
+        for text, short in study.evaluated.items():
+            found = [entry(place, name, text) for name in strategies]
             if set(found) - {MISSING}:
-                rows.append((*where, name, *found))
+                rows.append((*where, short, *found))
     if not rows:
         return None
-    settings = study.heads if len(study.places) > 1 else ()
-    head = (*settings, "strategy", *(f"on {name}" for name in study.evaluated.values()))
-    return Grid(title=title, head=head, rows=tuple(rows), words=len(settings) + 1)
+    settings = study.heads if several else ()
+    return Grid(title=title, head=(*settings, "on", *strategies), rows=tuple(rows), words=len(settings) + 1)
 
 
 def _difference(place: Place, name: str, text: str) -> Entry:

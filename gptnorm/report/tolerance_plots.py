@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -297,7 +297,10 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str,
         for index, name in enumerate(others):
             shift = 0.5 * (index - (len(others) - 1) / 2) / max(len(others), 3)
             points = [(x + shift, value) for x, at_place in enumerate(values) if (value := at_place.get(name))]
-            _draw_points(axes, name, points, look(study.about.strategies.index(name)))
+            how = look(study.about.strategies.index(name))
+            # Between words there is no way for a line to take.
+            ordered = not any(isinstance(value, str) for place in study.places for _, value in place.told)
+            _draw_points(axes, name, points, how if ordered else replace(how, dash="none"))
         if what == RATE:
             log_ticks(axes.yaxis)
         axes.set_xticks(range(len(names)), names, rotation=45 if steep else 0, ha="right" if steep else "center")
