@@ -34,6 +34,7 @@ for command in (
     verify.verify,
     measure.inspect,
     measure.evaluate,
+    measure.curvature,
     plan.plan,
     study.quickstart,
     study.study,

@@ -100,3 +100,59 @@ def evaluate(
     print_evaluation(found, console)
     if json_path is not None:
         write("--json", json_path, dump(found.record()))
+
+
+@click.command()
+@click.argument("source", metavar="RECIPE|RUN")
+@SETTINGS
+@click.option("--step", "steps", metavar="STEPS", help="Checkpoints of a run, such as 0,100,400; default: the newest.")
+@click.option("--what", default="sharpness,slots", show_default=True, help="Of sharpness, weights, slots.")
+@click.option("--part", default="all", show_default=True, help="Whose parameters: all, blocks.2, blocks.0.attn.q, ….")
+@click.option("--slot", "slots", metavar="NAME", multiple=True, help="Default: all of the middle block.")
+@click.option("--token", type=click.IntRange(min=0), help="Position whose activation is the variable.")
+@click.option("--rows", type=click.IntRange(min=1), help="Sequences in memory at once; default: all of the batch.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="What is computed in.")
+@click.option("--tolerance", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True)
+@click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per spectrum.")
+@JSON
+def curvature(
+    source: str,
+    settings: tuple[str, ...],
+    steps: str | None,
+    what: str,
+    part: str,
+    slots: tuple[str, ...],
+    token: int | None,
+    rows: int | None,
+    dtype: Literal["fp32", "fp64"],
+    tolerance: float,
+    most: int,
+    json_path: Path | None,
+) -> None:
+    """Measure the curvature of the loss: sharpness, and what a norm adds to it.
+
+    RECIPE is measured at initialisation, RUN (a run folder) at its checkpoints, on the first training batch. KEY=VALUE
+    as in 'gptnorm train'; for a run only what concerns the batch, such as train.batch_size=4. See docs/curvature.md.
+    """
+    from gptnorm.curvature.command import parse_steps, parse_what, print_curvature, run_curvature
+    from gptnorm.probe.show import dump
+
+    if json_path is not None and not json_path.parent.is_dir():
+        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    found = run_curvature(
+        source,
+        settings,
+        steps=parse_steps(steps),
+        what=parse_what(what),
+        part=part,
+        slots=slots,
+        token=token,
+        rows=rows,
+        dtype=dtype,
+        tolerance=tolerance,
+        most=most,
+        console=console,
+    )
+    print_curvature(found, console)
+    if json_path is not None:
+        write("--json", json_path, dump(found.record()))

@@ -111,5 +111,5 @@ def parameters_of(model: GPT, part: str) -> list[str]:
     found = [name for name in names if part in ("all", name) or name.startswith(f"{part}.")]
     if not found:
         example = names[len(names) // 2]
-        raise bad_value("--what", part, f'no parameter is called so; "all", "blocks.0", or one such as {example}')
+        raise bad_value("--part", part, f'no parameter is called so; "all", "blocks.0", or one such as {example}')
     return found

@@ -138,5 +138,5 @@ def test_names_of_parts():
     assert parameters_of(gpt, "all") == every
     assert parameters_of(gpt, "blocks.1.attn.q") == ["blocks.1.attn.q.weight", "blocks.1.attn.q.after.0.gain"]
     assert parameters_of(gpt, "head.weight") == ["head.weight"]
-    with pytest.raises(UserError, match=r"--what = 'blocks\.1\.a'"):
+    with pytest.raises(UserError, match=r"--part = 'blocks\.1\.a'"):
         parameters_of(gpt, "blocks.1.a")

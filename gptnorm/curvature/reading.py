@@ -1,0 +1,200 @@
+"""What is measured of a model's curvature, and how sure each number is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gptnorm.curvature.activation import SlotLoss
+from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos
+from gptnorm.curvature.checks import refuse_wrong_products
+from gptnorm.curvature.language import LanguageLoss
+from gptnorm.curvature.operators import Operator
+from gptnorm.model import GPT
+
+PROBES = 30
+"""Products for a trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extreme:
+    """An eigenvalue at an end of a spectrum."""
+
+    value: float
+    residual: float
+    """Some eigenvalue is no further away."""
+
+    @classmethod
+    def of(cls, pair: Eigenpair) -> Extreme:
+        return cls(value=pair.value, residual=pair.residual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpness:
+    """Of the loss over some parameters."""
+
+    parameters: int
+    loss: float
+    gradient: float
+    """‖∇ℓ‖."""
+    largest: Extreme
+    """λ_max of the Hessian."""
+    smallest: Extreme
+    gauss_newton: Extreme
+    """λ_max of the Gauss-Newton matrix."""
+    trace: float
+    """Of the Hessian."""
+    trace_error: float | None
+    """Its standard error."""
+    products: int
+    """Of the Hessian, for its ends and its trace."""
+    difference: float
+    """How far a product is from finite differences of the gradient, relative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReading:
+    """Of one weight, the others fixed."""
+
+    name: str
+    norm: float
+    """‖W‖."""
+    largest: Extreme
+    """λ_max of the Hessian in W."""
+    smallest: Extreme
+
+    @property
+    def scale_free(self) -> float:
+        """‖W‖² λ_max, which W → cW leaves alone where the loss does not depend on the length of W."""
+        return self.norm**2 * self.largest.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotReading:
+    """Of what one slot reads at one token; spectral norms."""
+
+    name: str
+    token: int
+    rms: float
+    """Of x."""
+    hessian: float
+    """‖H_xx‖."""
+    gauss_newton: float
+    """‖L‖."""
+    curvature: float
+    """‖C‖."""
+    residual: float
+    """The largest of the three."""
+
+    @property
+    def scale_free(self) -> float:
+        """RMS(x)² ‖H_xx‖."""
+        return self.rms**2 * self.hessian
+
+
+Say = Callable[[str], None]
+"""Is told what is measured next."""
+
+
+def measure_sharpness(
+    model: GPT, batches: Sequence[Tensor], names: Sequence[str], *, tolerance: float, most: int, say: Say = print
+) -> Sharpness:
+    """Both ends and the trace of the Hessian, and the Gauss-Newton matrix's largest eigenvalue.
+
+    Args:
+        batches, names: see `LanguageLoss`.
+        tolerance, most: see `lanczos`.
+        say: is told what comes next.
+
+    Raises:
+        UserError: a product disagrees with finite differences of the gradient.
+    """
+    loss = LanguageLoss(model, batches, names)
+    with loss.measuring():
+        say("comparing with finite differences")
+        hessian = loss.hessian()
+        difference = refuse_wrong_products(hessian, loss.finite_difference())
+        say("ends of the Hessian's spectrum")
+        (largest,), (smallest,) = lanczos(hessian, smallest=1, tolerance=tolerance, most=most)
+        say("trace of the Hessian")
+        trace = hutch_pp(hessian, probes=PROBES)
+        gradient = float(hessian.gradient().norm())
+        del hessian
+        say("Gauss-Newton matrix")
+        (gauss_newton,), _ = lanczos(loss.gauss_newton(), tolerance=tolerance, most=most)
+        return Sharpness(
+            parameters=sum(leaf.numel() for leaf in loss.leaves),
+            loss=loss.value(),
+            gradient=gradient,
+            largest=Extreme.of(largest),
+            smallest=Extreme.of(smallest),
+            gauss_newton=Extreme.of(gauss_newton),
+            trace=trace.value,
+            trace_error=trace.error,
+            products=largest.products + trace.products,
+            difference=difference,
+        )
+
+
+def measure_weights(
+    model: GPT, batches: Sequence[Tensor], names: Sequence[str], *, tolerance: float, most: int, say: Say = print
+) -> list[WeightReading]:
+    """Each weight by itself; arguments as of `measure_sharpness`."""
+    found = []
+    for name in names:
+        say(name)
+        loss = LanguageLoss(model, batches, [name])
+        with loss.measuring():
+            (largest,), (smallest,) = lanczos(loss.hessian(), smallest=1, tolerance=tolerance, most=most)
+            norm = float(loss.leaves[0].detach().norm())
+        ends = {"largest": Extreme.of(largest), "smallest": Extreme.of(smallest)}
+        found.append(WeightReading(name=name, norm=norm, **ends))
+    return found
+
+
+def measure_slots(
+    model: GPT, tokens: Tensor, slots: Sequence[str], token: int, *, tolerance: float, most: int, say: Say = print
+) -> list[SlotReading]:
+    """Each slot at one token of one sequence (T + 1,), the other tokens fixed."""
+    found = []
+    for name in slots:
+        say(name)
+        loss = SlotLoss(model, tokens, name, token)
+        with loss.measuring():
+            parts = (loss.hessian(), loss.gauss_newton(), loss.curvature())
+            norms = [spectral_norm(part, tolerance=tolerance, most=most) for part in parts]
+        found.append(
+            SlotReading(
+                name=name,
+                token=token,
+                rms=float(loss.x.square().mean().sqrt()),
+                hessian=norms[0].value,
+                gauss_newton=norms[1].value,
+                curvature=norms[2].value,
+                residual=max(norm.residual for norm in norms),
+            )
+        )
+    return found
+
+
+def spectral_norm(operator: Operator, *, tolerance: float, most: int) -> Extreme:
+    """The largest modulus of an eigenvalue."""
+    (largest,), (smallest,) = lanczos(operator, smallest=1, tolerance=tolerance, most=most)
+    return max((Extreme(value=abs(pair.value), residual=pair.residual) for pair in (largest, smallest)), key=_value)
+
+
+def _value(extreme: Extreme) -> float:
+    return extreme.value
+
+
+def weights_of(model: GPT, names: Sequence[str]) -> list[str]:
+    """Those of the names that are weights of linear maps of the blocks."""
+    owned = {f"{name}.weight" for name, owner in model.weights() if owner.layer >= 0 and name.startswith("blocks.")}
+    return [name for name in names if name in owned]
+
+
+def middle(tokens: Tensor) -> int:
+    """The token in the middle of what a sequence (T + 1,) reads."""
+    return (tokens.shape[-1] - 1) // 2

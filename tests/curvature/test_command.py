@@ -1,0 +1,89 @@
+"""`gptnorm curvature` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from gptnorm import cli
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    def ask(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gptnorm", "curvature", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code or 0, out.out, out.err
+
+    return ask
+
+
+def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
+    path = tmp_path / "c.json"
+    code, out, _ = ask(recipe, "--what", "sharpness,weights,slots", "--json", path, "--dtype", "fp64")
+    assert code == 0
+    for words in ("Sharpness", "Weights, each by itself", "Slots", "λ_max G", "blocks.0.attn.q", "H = L + C"):
+        assert words in out
+    record = json.loads(path.read_text())
+    (reading,) = record["readings"]
+    assert reading["step"] == 0
+    assert reading["sharpness"]["largest"]["value"] > 0 > reading["sharpness"]["smallest"]["value"]
+    assert reading["sharpness"]["difference"] < 1e-5
+    assert {row["name"] for row in reading["weights"]} == {
+        f"blocks.0.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
+    }
+    for row in reading["slots"]:
+        assert row["hessian"] <= (row["gauss_newton"] + row["curvature"]) * (1 + 1e-6)
+        assert row["scale_free"] == pytest.approx(row["rms"] ** 2 * row["hessian"])
+        assert row["token"] == 8
+    again = tmp_path / "again.json"
+    ask(recipe, "--what", "sharpness,weights,slots", "--json", again, "--dtype", "fp64", "--rows", 1)
+    (other,) = json.loads(again.read_text())["readings"]
+    assert other["sharpness"]["largest"]["value"] == pytest.approx(reading["sharpness"]["largest"]["value"], rel=1e-6)
+    assert other["sharpness"]["trace"] == pytest.approx(reading["sharpness"]["trace"], rel=1e-6)
+
+
+def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
+    run, path = tmp_path / "run", tmp_path / "c.json"
+    monkeypatch.setattr(sys, "argv", ["gptnorm", "train", str(recipe), f"run.dir={run}", "checkpoint.every=3"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    capsys.readouterr()
+    code, out, _ = ask(run, "--step", "0,3,6", "--what", "sharpness", "--part", "blocks.0.ffn", "--json", path)
+    assert code == 0
+    assert "Slots" not in out
+    record = json.loads(path.read_text())
+    assert [reading["step"] for reading in record["readings"]] == [0, 3, 6]
+    losses = [reading["sharpness"]["loss"] for reading in record["readings"]]
+    assert len(set(losses)) == 3
+    assert losses == sorted(losses, reverse=True)
+    code, *_ = ask(run, "--slot", "blocks.0.attn.o", "--token", "0", "--json", path)
+    assert code == 0
+    (reading,) = json.loads(path.read_text())["readings"]
+    assert (reading["step"], [row["name"] for row in reading["slots"]]) == (6, ["blocks.0.attn.o"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--what", "all"], "--what = 'all': must be of sharpness, weights, slots"),
+        (["--part", "blocks.7"], "--part = 'blocks.7'"),
+        (["--slot", "up"], "--slot = 'up': no such slot; there are blocks.0.attn.q"),
+        (["--token", "16"], "--token = 16: must be 0 … 15"),
+        (["--step", "3"], "--step = 3: needs a run folder"),
+        (["--step", "x"], "--step = 'x'"),
+        (["--json", "nowhere/c.json"], "--json"),
+        (["model.strategy=foo"], "model.strategy"),
+    ],
+)
+def test_what_is_wrong_is_one_line(ask, recipe, arguments, words):
+    code, out, err = ask(recipe, *arguments)
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out
