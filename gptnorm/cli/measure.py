@@ -106,7 +106,7 @@ def evaluate(
 @click.argument("source", metavar="RECIPE|RUN")
 @SETTINGS
 @click.option("--step", "steps", metavar="STEPS", help="Checkpoints of a run, such as 0,100,400; default: the newest.")
-@click.option("--what", default="sharpness,slots", show_default=True, help="Of sharpness, weights, slots.")
+@click.option("--what", default="sharpness,slots", show_default=True, help="Of sharpness, adam, weights, slots.")
 @click.option("--part", default="all", show_default=True, help="Whose parameters: all, blocks.2, blocks.0.attn.q, ….")
 @click.option("--slot", "slots", metavar="NAME", multiple=True, help="Default: all of the middle block.")
 @click.option("--token", type=click.IntRange(min=0), help="Position whose activation is the variable.")

@@ -11,11 +11,15 @@ Source: Cohen et al. 2022 (arXiv 2207.14484), section 2. Weight decay is left ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gptnorm.train.optim import Optimizers
+from gptnorm.config import OptimConfig
+from gptnorm.model import GPT
+from gptnorm.train.checkpoint import load_checkpoint
+from gptnorm.train.optim import Optimizers, build_optimizer
 
 
 def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
@@ -40,6 +44,22 @@ def _inverse_root(state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
     (_, beta2), eps, factor = group["betas"], group["eps"], group.get("lr_factor", 1.0)  # type: ignore[misc]
     second = state["exp_avg_sq"].double() / (1 - float(beta2) ** float(state["step"]))
     return (float(factor) / (second.sqrt() + float(eps))).sqrt()  # type: ignore[arg-type]
+
+
+def read_optimizers(checkpoint: Path, model: GPT, config: OptimConfig) -> Optimizers:
+    """A run's optimizers as they were at a verified checkpoint, on its model; UserError if it lacks them."""
+    optimizers = build_optimizer(model, config)
+    optimizers.prime()
+    load_checkpoint(checkpoint, {f"optimizer/{name}": tensor for name, tensor in optimizers.tensors(model)})
+    return optimizers
+
+
+def updated_by_adam(optimizers: Optimizers, model: GPT, names: Sequence[str]) -> list[str]:
+    """Those of the names of parameters that AdamW updates."""
+    parts = [part for part in optimizers.parts if isinstance(part, torch.optim.AdamW)]
+    own = {id(parameter) for part in parts for group in part.param_groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    return [name for name in names if id(parameters[name]) in own]
 
 
 def stability_threshold(lr: float, beta1: float) -> float:

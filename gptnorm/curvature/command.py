@@ -8,14 +8,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from gptnorm.curvature.activation import slots_of
+from gptnorm.curvature.adam import read_optimizers
 from gptnorm.curvature.language import parameters_of
 from gptnorm.curvature.reading import (
+    AdamReading,
     Extreme,
     Sharpness,
     SlotReading,
     WeightReading,
+    measure_adam,
     measure_sharpness,
     measure_slots,
     measure_weights,
@@ -28,10 +32,11 @@ from gptnorm.probe.show import plain
 from gptnorm.probe.source import DTypeName, Source, find_config, open_source
 from gptnorm.recipe import to_tree
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING
+from gptnorm.report.format import MISSING, short_text
 from gptnorm.train.inputs import within_memory
+from gptnorm.train.schedule import lr_factor
 
-WHAT = ("sharpness", "weights", "slots")
+WHAT = ("sharpness", "adam", "weights", "slots")
 """What can be measured."""
 
 
@@ -41,6 +46,7 @@ class Reading:
 
     step: int
     sharpness: Sharpness
+    adam: AdamReading | None
     weights: list[WeightReading]
     slots: list[SlotReading]
 
@@ -122,16 +128,28 @@ def run_curvature(
             batches = list(tokens.split(rows or len(tokens)))
             chosen = list(slots) or [slot for slot in slots_of(model) if slot.startswith(_middle_block(model))]
             how: dict[str, Any] = {"tolerance": tolerance, "most": most, "say": say}
-            weights, found = [], []
+            weights, found, adam = [], [], None
             # Slots first: a wrong name shows before the long part.
             if "slots" in what:
                 found = measure_slots(model, tokens[0], chosen, position, **how)
             sharpness = measure_sharpness(model, batches, names, **how)
+            if "adam" in what:
+                adam = _adam(source, batches, names, **how)
             if "weights" in what:
                 weights = measure_weights(model, batches, weights_of(model, names), **how)
-            readings.append(Reading(step=source.step, sharpness=sharpness, weights=weights, slots=found))
+            readings.append(Reading(step=source.step, sharpness=sharpness, adam=adam, weights=weights, slots=found))
     assert source is not None
     return Curvature(source=source, dtype=dtype, part=part, tolerance=tolerance, readings=readings)
+
+
+def _adam(source: Source, batches: Sequence[Tensor], names: Sequence[str], **how: Any) -> AdamReading:
+    config = source.config
+    if source.checkpoint is None:
+        reason = "needs a checkpoint of a run: at initialisation AdamW has no second moments"
+        raise bad_value("--what", "adam", reason)
+    optimizers = read_optimizers(source.checkpoint, source.model, config.optim)
+    lr = config.optim.lr * lr_factor(source.step, config.train.steps, config.optim)
+    return measure_adam(source.model, batches, names, optimizers, lr=lr, beta1=config.optim.betas[0], **how)
 
 
 def parse_steps(text: str | None) -> list[int | None]:
@@ -190,6 +208,16 @@ def _tables(found: Curvature) -> list[Table]:
         trace = f"{_digits(s.trace)}{error}"
         sharpness.add_row(str(reading.step), f"{s.loss:.4f}", _digits(s.gradient), *values, trace)
     tables = [sharpness]
+    adam = _table("As AdamW sees it", ["step", "rate", "λ_max P^-½ H P^-½", "threshold", "of the threshold"], words=0)
+    for reading in found.readings:
+        if (a := reading.adam) is not None:
+            (end,) = _ends(a.largest, None, found.tolerance)
+            limit = [MISSING, MISSING]
+            if a.threshold is not None:
+                limit = [_digits(a.threshold), f"{a.largest.value / a.threshold:.2f}"]
+            adam.add_row(str(reading.step), short_text(a.lr) if a.lr else "0", end, *limit)
+    if adam.row_count:
+        tables.append(adam)
     if any(reading.weights for reading in found.readings):
         head = ["step", "weight", "‖W‖", "λ_max H", "λ_min H", "‖W‖² λ_max"]
         weights = _table("Weights, each by itself", head, words=2)

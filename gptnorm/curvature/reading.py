@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gptnorm.curvature.activation import SlotLoss
+from gptnorm.curvature.adam import preconditioner, stability_threshold, updated_by_adam
 from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos
 from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss
-from gptnorm.curvature.operators import Operator
+from gptnorm.curvature.operators import Operator, Scaled
+from gptnorm.errors import bad_value
 from gptnorm.model import GPT
+from gptnorm.train.optim import Optimizers
 
 PROBES = 30
 """Products for a trace."""
@@ -52,6 +55,20 @@ class Sharpness:
     """Of the Hessian, for its ends and its trace."""
     difference: float
     """How far a product is from finite differences of the gradient, relative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamReading:
+    """What AdamW sees at a checkpoint, over the parameters that it updates."""
+
+    parameters: int
+    lr: float
+    """Of the next update."""
+    largest: Extreme
+    """λ_max of the preconditioned Hessian."""
+    threshold: float | None
+    """What it would be at most, were the loss quadratic and the rate stable; None: at the end of a schedule that falls
+    to 0 there is no next update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +153,39 @@ def measure_sharpness(
             products=largest.products + trace.products,
             difference=difference,
         )
+
+
+def measure_adam(
+    model: GPT,
+    batches: Sequence[Tensor],
+    names: Sequence[str],
+    optimizers: Optimizers,
+    *,
+    lr: float,
+    beta1: float,
+    tolerance: float,
+    most: int,
+    say: Say = print,
+) -> AdamReading:
+    """The preconditioned Hessian at the rate of the next update; other arguments as of `measure_sharpness`.
+
+    Raises:
+        UserError: AdamW updates none of the parameters.
+    """
+    say("preconditioned Hessian")
+    own = updated_by_adam(optimizers, model, names)
+    if not own:
+        raise bad_value("--what", "adam", "AdamW updates no parameter of --part")
+    loss = LanguageLoss(model, batches, own)
+    with loss.measuring():
+        seen = Scaled(loss.hessian(), preconditioner(optimizers, loss.leaves))
+        (largest,), _ = lanczos(seen, tolerance=tolerance, most=most)
+    return AdamReading(
+        parameters=seen.space.size,
+        lr=lr,
+        largest=Extreme.of(largest),
+        threshold=stability_threshold(lr, beta1) if lr > 0 else None,
+    )
 
 
 def measure_weights(

@@ -38,6 +38,8 @@ class Source:
     text: str
     """Where the tokens come from."""
     model: GPT
+    checkpoint: Path | None
+    """Where its weights are from; None: its seed."""
     tokens: Tensor
     """(B, T + 1): the first micro-batch of training, or uniform random ids."""
 
@@ -100,6 +102,7 @@ def open_source(
         config=config,
         text="uniform random tokens" if random_tokens else _text_name(config),
         model=model.to(DTYPES[dtype]),
+        checkpoint=snapshot.checkpoint,
         tokens=tokens,
     )
 

@@ -6,8 +6,15 @@ import json
 import sys
 
 import pytest
+import torch
+from dense import matrix
+from safetensors.torch import load_file
 
 from gptnorm import cli
+from gptnorm.curvature import LanguageLoss
+from gptnorm.probe.source import open_source
+from gptnorm.train.run_folder import RunFolder
+from gptnorm.train.schedule import lr_factor
 
 
 @pytest.fixture
@@ -48,6 +55,21 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
     assert other["sharpness"]["trace"] == pytest.approx(reading["sharpness"]["trace"], rel=1e-6)
 
 
+def by_hand(run):
+    """λ_max of D^-½ H D^-½, D = √(v / (1 - β2^t)) + ε from the checkpoint's own files, H in fp64."""
+    config = RunFolder.open(run).config()
+    (tensors,) = [load_file(path) for path in (run / "checkpoints/step-000006").glob("*00002-of-00002*")]
+    name = "blocks.0.attn.q.weight"
+    v, step = (tensors[f"optimizer/{key}/{name}"] for key in ("exp_avg_sq", "step"))
+    diagonal = (v.double() / (1 - config.optim.betas[1] ** float(step))).sqrt() + config.optim.eps
+    source = open_source(str(run), config, RunFolder.open(run), dtype="fp64")
+    loss = LanguageLoss(source.model, [source.tokens], [name])
+    with loss.measuring():
+        hessian = matrix(loss.hessian())
+    root = diagonal.reshape(-1) ** -0.5
+    return float(torch.linalg.eigvalsh(root[:, None] * hessian * root)[-1])
+
+
 def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     run, path = tmp_path / "run", tmp_path / "c.json"
     monkeypatch.setattr(sys, "argv", ["gptnorm", "train", str(recipe), f"run.dir={run}", "checkpoint.every=3"])
@@ -62,6 +84,14 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     losses = [reading["sharpness"]["loss"] for reading in record["readings"]]
     assert len(set(losses)) == 3
     assert losses == sorted(losses, reverse=True)
+    code, out, _ = ask(run, "--what", "adam", "--part", "blocks.0.attn.q", "--json", path, "--dtype", "fp64")
+    assert code == 0
+    assert "As AdamW sees it" in out
+    ((adam,),) = ([reading["adam"] for reading in json.loads(path.read_text())["readings"]],)
+    assert adam["parameters"] == 16 * 16
+    assert adam["largest"]["value"] == pytest.approx(by_hand(run), rel=1e-3)
+    config = RunFolder.open(run).config()
+    assert adam["lr"] == config.optim.lr * lr_factor(6, 6, config.optim)
     code, *_ = ask(run, "--slot", "blocks.0.attn.o", "--token", "0", "--json", path)
     assert code == 0
     (reading,) = json.loads(path.read_text())["readings"]
@@ -71,7 +101,8 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--what", "all"], "--what = 'all': must be of sharpness, weights, slots"),
+        (["--what", "all"], "--what = 'all': must be of sharpness, adam, weights, slots"),
+        (["--what", "adam"], "--what = 'adam': needs a checkpoint of a run"),
         (["--part", "blocks.7"], "--part = 'blocks.7'"),
         (["--slot", "up"], "--slot = 'up': no such slot; there are blocks.0.attn.q"),
         (["--token", "16"], "--token = 16: must be 0 … 15"),
