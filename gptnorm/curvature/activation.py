@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gptnorm.curvature.operators import Hessian, Jacobian
+from gptnorm.curvature.operators import FiniteDifference, Hessian, Jacobian, Loss
 from gptnorm.curvature.reference import reference_paths
 from gptnorm.curvature.vectors import Space
 from gptnorm.errors import bad_value
@@ -106,6 +106,15 @@ class SlotLoss:
         """∂ℓ/∂x, of the shape of x."""
         return self.hessian().gradient().view_as(self.x)
 
+    def finite_difference(self) -> FiniteDifference:
+        """H_xx from two gradients."""
+        offset, loss = self._shifted(self.x, before=True)
+
+        def gradient() -> Tensor:
+            return torch.autograd.grad(loss(), offset)[0].reshape(-1)
+
+        return FiniteDifference(gradient, [offset], size=self.x.norm())
+
     def gauss_newton(self) -> SlotGaussNewton:
         """L."""
         x = self.x.clone().requires_grad_()
@@ -136,6 +145,11 @@ class SlotLoss:
 
     def _at(self, leaf: Tensor, *, before: bool) -> Hessian:
         """The Hessian in an offset, of the shape of `leaf`, of what the slot reads or returns."""
+        offset, loss = self._shifted(leaf, before=before)
+        return Hessian([loss], [offset])
+
+    def _shifted(self, leaf: Tensor, *, before: bool) -> tuple[Tensor, Loss]:
+        """An offset and the loss as a function of it."""
         offset = torch.zeros_like(leaf, requires_grad=True)
 
         def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -149,7 +163,7 @@ class SlotLoss:
             with _hooked(slot.register_forward_pre_hook(enter) if before else slot.register_forward_hook(leave)):
                 return self._model.loss(self._tokens)
 
-        return Hessian([loss], [offset])
+        return offset, loss
 
     def _by_token(self, x: Tensor) -> Tensor:
         """(1, T, …), or (T, …) as a router reads it, → (T, …)."""

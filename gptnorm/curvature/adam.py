@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptnorm.config import OptimConfig
+from gptnorm.errors import UserError
 from gptnorm.model import GPT
 from gptnorm.train.checkpoint import load_checkpoint
 from gptnorm.train.optim import Optimizers, build_optimizer
@@ -26,7 +27,7 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
     """The diagonal of $P^{-1/2}$ over leaves that AdamW updates, flat; for `gptnorm.curvature.operators.Scaled`.
 
     Raises:
-        KeyError: a leaf is not AdamW's, or has not been updated yet.
+        UserError: a leaf is not AdamW's, or has not been updated yet.
     """
     found: dict[int, Tensor] = {}
     for part in optimizers.parts:
@@ -35,8 +36,10 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
         for group in part.param_groups:
             for parameter in group["params"]:
                 state = part.state.get(parameter)
-                if state:
+                if state and state["exp_avg_sq"].any():
                     found[id(parameter)] = _inverse_root(state, group)
+    if any(id(leaf) not in found for leaf in leaves):
+        raise UserError("curvature: AdamW has no second moments of some of these parameters; has it updated them?")
     return torch.cat([found[id(leaf)].reshape(-1).to(leaf) for leaf in leaves])
 
 

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 from gptnorm.curvature.operators import Operator
+from gptnorm.errors import UserError
 
 MOST_STEPS = 200
 """Products after which an iteration gives up."""
+
+FEWEST_STEPS = 10
+"""Products before Lanczos may stop: an unlucky start hides an eigenvalue from the first few."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,9 +76,14 @@ class Tridiagonal:
     """Q, (steps, size)."""
 
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Ritz values, ascending, and the eigenvectors of the tridiagonal matrix as columns, both in fp64."""
-        alphas, betas = (torch.tensor(x, dtype=torch.float64) for x in (self.alphas, self.betas[:-1]))
-        return torch.linalg.eigh(torch.diag(alphas) + torch.diag(betas, 1) + torch.diag(betas, -1))
+        """See `eigen`."""
+        return eigen(self.alphas, self.betas)
+
+
+def eigen(alphas: Sequence[float], betas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Ritz values, ascending, and the eigenvectors of the tridiagonal matrix as columns, both in fp64."""
+    diagonal, beside = (torch.tensor(x, dtype=torch.float64) for x in (alphas, betas[:-1]))
+    return torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
 
 
 class Krylov:
@@ -82,33 +91,37 @@ class Krylov:
 
     def __init__(self, operator: Operator, start: Tensor) -> None:
         self._operator = operator
-        self._rows: list[Tensor] = [_unit(start)]
+        self._kept = _unit(start)[None]
+        self._count = 1
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
     def step(self) -> bool:
         """One product more; False if the space is invariant, so that nothing is left to find."""
-        q = self._rows[-1]
-        w = self._operator(q)
-        self.alphas.append(float(q @ w))
-        basis = torch.stack(self._rows)
+        basis = self._kept[: self._count]
+        w = self._operator(basis[-1])
+        self.alphas.append(float(basis[-1] @ w))
+        if not math.isfinite(self.alphas[-1]):
+            raise UserError("curvature: a Hessian product is not finite; are the weights?")
         for _ in range(2):  # twice is enough: once leaves an error of the size of what was taken away
             w = w - basis.mT @ (basis @ w)
         beta = float(w.norm())
         self.betas.append(beta)
         scale = max(map(abs, (*self.alphas, *self.betas)))
-        if len(self._rows) == self._operator.space.size or beta <= 16 * torch.finfo(w.dtype).eps * scale:
+        if self._count == self._operator.space.size or beta <= 16 * torch.finfo(w.dtype).eps * scale:
             self.betas[-1] = 0.0
             return False
-        self._rows.append(w / beta)
+        if self._count == len(self._kept):
+            room = min(2 * self._count, self._operator.space.size) - self._count
+            self._kept = torch.cat([self._kept, self._kept.new_empty(room, len(w))])
+        self._kept[self._count] = w / beta
+        self._count += 1
         return True
 
     @property
     def found(self) -> Tridiagonal:
         """What the steps so far have found."""
-        return Tridiagonal(
-            alphas=list(self.alphas), betas=list(self.betas), basis=torch.stack(self._rows[: len(self.alphas)])
-        )
+        return Tridiagonal(alphas=list(self.alphas), betas=list(self.betas), basis=self._kept[: len(self.alphas)])
 
 
 def lanczos(
@@ -126,40 +139,37 @@ def lanczos(
 
     Args:
         largest, smallest: how many of each.
-        tolerance: of each residual, relative to the largest modulus found; it stops where all keep it, where nothing is
-            left to find, or after `most` products.
+        tolerance: of each residual, relative to the largest modulus found; it stops where all keep it at two steps
+            running, where nothing is left to find, or after `most` products.
 
     Returns:
-        The largest, descending, and the smallest, ascending; fewer where the space is exhausted.
+        The largest, descending, and the smallest, ascending; fewer where the space is exhausted. Each residual is that
+        of a product more: the recurrence's own, in fp32, falls below what rounding leaves.
     """
-    krylov = Krylov(operator, _draw(operator, seed))
+    krylov, settled = Krylov(operator, _draw(operator, seed)), 0
     for count in range(1, most + 1):
         more = krylov.step()
-        enough = count >= largest + smallest
-        if not more or count == most or (enough and _settled(krylov, largest, smallest, tolerance)):
+        settled = settled + 1 if _settled(krylov, largest, smallest, tolerance) else 0
+        if not more or count == most or (settled > 1 and count >= FEWEST_STEPS):
             break
     found = krylov.found
     values, vectors = found.eigen()
     count = len(values)
-    beta = found.betas[-1]
+    ends = [*(count - 1 - i for i in range(min(largest, count))), *range(min(smallest, count))]
 
     def pair(index: int) -> Eigenpair:
-        s = vectors[:, index]
-        return Eigenpair(
-            value=float(values[index]),
-            vector=_unit(found.basis.mT @ s.to(found.basis)),
-            residual=abs(beta * float(s[-1])),
-            products=count,
-        )
+        v, value = _unit(found.basis.mT @ vectors[:, index].to(found.basis)), float(values[index])
+        residual = float((operator(v) - value * v).norm())
+        return Eigenpair(value=value, vector=v, residual=residual, products=count + len(ends))
 
-    return (
-        [pair(count - 1 - i) for i in range(min(largest, count))],
-        [pair(i) for i in range(min(smallest, count))],
-    )
+    pairs = [pair(index) for index in ends]
+    return pairs[: min(largest, count)], pairs[min(largest, count) :]
 
 
 def _settled(krylov: Krylov, largest: int, smallest: int, tolerance: float) -> bool:
-    values, vectors = krylov.found.eigen()
+    if len(krylov.alphas) < largest + smallest:
+        return False
+    values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = krylov.betas[-1] * vectors[-1].abs()
     wanted = [*range(len(values) - largest, len(values)), *range(smallest)]
     return bool((residuals[wanted] <= tolerance * values.abs().max()).all())
@@ -233,8 +243,9 @@ def hutch_pp(operator: Operator, *, probes: int = 32, seed: int = 0) -> Trace:
     """
     third = max(1, probes // 3)
     generator = torch.Generator().manual_seed(seed)
-    sketch = torch.stack([operator(_signs(operator, generator)) for _ in range(min(third, operator.space.size))])
-    q = torch.linalg.qr(sketch.mT.double()).Q.mT.to(sketch)
+    # Normal vectors, not signs: in few dimensions those may be equal.
+    sketch = torch.stack([operator(operator.space.draw(generator)) for _ in range(min(third, operator.space.size))])
+    q = _orthonormal(sketch)
     exact = sum(_form(operator, row) for row in q)
     found = []
     for _ in range(third):
@@ -242,6 +253,19 @@ def hutch_pp(operator: Operator, *, probes: int = 32, seed: int = 0) -> Trace:
         found.append(_form(operator, z - q.mT @ (q @ z)))
     value, error = _mean_and_error(found)
     return Trace(value=exact + value, error=error, products=2 * len(q) + third)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """An orthonormal basis of what the rows span, in their place: Gram-Schmidt, twice."""
+    count = 0
+    for index in range(len(rows)):
+        row, length = rows[index], rows[index].norm()
+        for _ in range(2):
+            row = row - rows[:count].mT @ (rows[:count] @ row)
+        if row.norm() > 16 * torch.finfo(rows.dtype).eps * length:
+            rows[count] = row / row.norm()
+            count += 1
+    return rows[:count]
 
 
 def _form(operator: Operator, v: Tensor) -> float:

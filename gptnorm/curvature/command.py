@@ -40,6 +40,10 @@ WHAT = ("sharpness", "adam", "weights", "slots")
 """What can be measured."""
 
 
+UNSURE = 0.1
+"""Part of an eigenvalue above which a residual is told."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """A model at one step."""
@@ -183,10 +187,11 @@ def print_curvature(found: Curvature, console: Console) -> None:
     for table in _tables(found):
         console.print()
         console.print(table)
-    worst = max(reading.sharpness.difference for reading in found.readings)
     slots = [slot for reading in found.readings for slot in reading.slots]
+    worst = max([reading.sharpness.difference for reading in found.readings] + [slot.difference for slot in slots])
     notes = [
-        f"H: Hessian, G: Gauss-Newton matrix. *: its residual is above {found.tolerance:g} of the largest modulus.",
+        f"H: Hessian, G: Gauss-Newton matrix. *: residual above {found.tolerance:g} of the largest modulus, or "
+        f"{UNSURE:g} of itself.",
         f"Products differ from finite differences of the gradient by {worst:.1g}, relative.",
     ]
     if slots:
@@ -232,18 +237,31 @@ def _tables(found: Curvature) -> list[Table]:
         slots = _table("Slots", head, words=2)
         for reading in found.readings:
             for s in reading.slots:
-                ratio = _digits(s.curvature / s.gauss_newton) if s.gauss_newton else MISSING
-                norms = map(_digits, (s.rms, s.hessian, s.gauss_newton, s.curvature))
-                slots.add_row(str(reading.step), s.name, *norms, ratio, _digits(s.scale_free))
+                slots.add_row(str(reading.step), s.name, *_slot_cells(s, found.tolerance))
         tables.append(slots)
     return tables
+
+
+def _slot_cells(s: SlotReading, tolerance: float) -> list[str]:
+    norms = [_ends(norm, None, tolerance)[0] for norm in (s.hessian, s.gauss_newton, s.curvature)]
+    ratio = MISSING
+    if s.gauss_newton.value:
+        mark = "*" if any(norm.endswith("*") for norm in norms[1:]) else ""
+        ratio = f"{_digits(s.curvature.value / s.gauss_newton.value)}{mark}"
+    scaled = f"{_digits(s.scale_free)}{'*' if norms[0].endswith('*') else ''}"
+    return [_digits(s.rms), *norms, ratio, scaled]
 
 
 def _ends(largest: Extreme, smallest: Extreme | None, tolerance: float) -> list[str]:
     """Each with a mark where it has not converged."""
     ends = [extreme for extreme in (largest, smallest) if extreme is not None]
     limit = tolerance * max(abs(extreme.value) for extreme in ends)
-    return [f"{_digits(extreme.value)}{'*' if extreme.residual > limit else ''}" for extreme in ends]
+
+    def unsure(extreme: Extreme) -> bool:
+        # Small beside the other end, its own sign may not be known.
+        return extreme.residual > limit or extreme.residual > UNSURE * abs(extreme.value)
+
+    return [f"{_digits(extreme.value)}{'*' if unsure(extreme) else ''}" for extreme in ends]
 
 
 def _reading_record(reading: Reading) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class LanguageLoss:
 
     def __init__(self, model: GPT, batches: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
         assert batches
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=names is None))
         self.model, self._batches = model, list(batches)
         self.names = list(parameters) if names is None else list(names)
         self.leaves = [parameters[name] for name in self.names]
@@ -107,7 +107,8 @@ def parameters_of(model: GPT, part: str) -> list[str]:
     Raises:
         UserError: there is none of that name.
     """
-    names = [name for name, _ in model.named_parameters()]
+    # A tied head is its embedding, once in "all", and by either name else.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=part == "all")]
     found = [name for name in names if part in ("all", name) or name.startswith(f"{part}.")]
     if not found:
         example = names[len(names) // 2]

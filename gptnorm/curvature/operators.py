@@ -188,10 +188,18 @@ class FiniteDifference:
         leaves: where they are.
         step: h, of a vector v scaled to the norm of the leaves; by default $\epsilon^{2/5}$ of the dtype, since
             $\epsilon^{1/3}$, which is usual, assumes a loss smoother than that of a network.
+        size: a norm to take in place of that of the leaves, which may be offsets from something.
     """
 
-    def __init__(self, gradient: Callable[[], Tensor], leaves: Sequence[Tensor], *, step: float | None = None) -> None:
-        self.space = Space(leaves)
+    def __init__(
+        self,
+        gradient: Callable[[], Tensor],
+        leaves: Sequence[Tensor],
+        *,
+        step: float | None = None,
+        size: Tensor | None = None,
+    ) -> None:
+        self.space, self._size = Space(leaves), size
         self._gradient, self._leaves = gradient, list(leaves)
         self._step = torch.finfo(self.space.dtype).eps ** 0.4 if step is None else step
 
@@ -200,7 +208,7 @@ class FiniteDifference:
         if length == 0:
             return torch.zeros_like(v)
         before = [leaf.detach().clone() for leaf in self._leaves]
-        scale = self.space.join(before).norm()
+        scale = self.space.join(before).norm() if self._size is None else self._size
         h = self._step * (scale if scale > 0 else torch.ones_like(scale)) / length
         parts = self.space.split(v)
         try:

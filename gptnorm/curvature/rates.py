@@ -1,6 +1,6 @@
 r"""How large a step the loss bears, from forward passes alone.
 
-Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) > \ell(\theta)$. Of a
+Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) \ge \ell(\theta)$. Of a
 quadratic loss and $u = \nabla \ell$ it is $2\, u^\top u / u^\top H u$, so that $2 / \eta_c$ is a directional sharpness.
 
 Source: Kalra et al. 2025 (critical sharpness); the bracketing is ours.
@@ -18,7 +18,7 @@ class CriticalRate:
     """A rate between two that were tried."""
 
     low: float
-    """The largest tried below `high` at which the loss is no higher than at the start; 0: none."""
+    """The largest tried below `high` at which the loss is lower than at the start; 0: none."""
     high: float | None
     """The smallest at which it is higher, or not finite; None: nowhere up to the largest rate tried."""
     passes: int
@@ -31,7 +31,7 @@ class CriticalRate:
 
 
 def critical_rate(
-    loss_at: Callable[[float], float], start: float, *, tolerance: float = 0.05, most: int = 60
+    loss_at: Callable[[float], float], start: float, *, tolerance: float = 0.05, most: int = 60, noise: float = 1e-6
 ) -> CriticalRate:
     """Doubles or halves from `start` until it is bracketed, then bisects in the logarithm.
 
@@ -40,6 +40,7 @@ def critical_rate(
         start: a rate to begin with, above 0.
         tolerance: the bracket is at most this factor (plus one) wide.
         most: evaluations of the loss, the one at 0 included.
+        noise: a loss counts as lower if it is so by more than this part of it: rounding is no descent.
     """
     assert start > 0
     floor = loss_at(0.0)
@@ -48,7 +49,7 @@ def critical_rate(
     def holds(rate: float) -> bool:
         nonlocal passes
         passes += 1
-        return loss_at(rate) <= floor  # False for NaN
+        return loss_at(rate) < floor - noise * abs(floor)  # False for NaN
 
     low, high = 0.0, None
     rate, first = start, holds(start)

@@ -7,6 +7,7 @@ import torch
 
 from gptnorm.curvature import Hessian, Scaled, lanczos
 from gptnorm.curvature.adam import preconditioner, stability_threshold
+from gptnorm.errors import UserError
 from gptnorm.train.optim import Optimizers
 
 
@@ -58,5 +59,9 @@ def test_second_moments_are_corrected_for_their_start():
 def test_a_parameter_without_moments_is_refused():
     w = torch.ones(2, requires_grad=True)
     adam = torch.optim.AdamW([{"params": [w], "lr_factor": 1.0}], lr=0.1)
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="no second moments"):
         preconditioner(Optimizers([adam]), [w])
+    optimizers = Optimizers([adam])
+    optimizers.prime()
+    with pytest.raises(UserError, match="no second moments"):
+        preconditioner(optimizers, [w])

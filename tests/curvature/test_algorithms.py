@@ -24,6 +24,15 @@ class Dense:
         return self.matrix @ v
 
 
+class Diagonal:
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self.space = Space([values])
+
+    def __call__(self, v: torch.Tensor) -> torch.Tensor:
+        return self.values * v
+
+
 def with_spectrum(values, seed: int = 0) -> Dense:
     values = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
@@ -44,11 +53,36 @@ def test_lanczos_finds_both_ends_of_any_spectrum(values, seed):
     assert largest[0].value == pytest.approx(exact[-1], abs=1e-7 * scale)
     assert smallest[0].value == pytest.approx(exact[0], abs=1e-7 * scale)
     if len(exact) > 1:
-        assert largest[1].value == pytest.approx(exact[-2], abs=1e-6 * scale)
+        # Of an eigenvalue that is there twice a second copy may come in by rounding.
+        second = (
+            exact[-1] if values.count(exact[-1]) > 1 and largest[1].value > (exact[-1] + exact[-2]) / 2 else exact[-2]
+        )
+        assert largest[1].value == pytest.approx(second, abs=1e-6 * scale)
     for pair in (*largest, *smallest):
         assert float(pair.vector.norm()) == pytest.approx(1)
         true = float((operator(pair.vector) - pair.value * pair.vector).norm())
         assert true <= pair.residual + 1e-9 * scale, "the bound holds"
+
+
+def test_residuals_hold_in_single_precision():
+    """Below what rounding leaves, the recurrence's own residual goes on falling."""
+    values = torch.linspace(-3, 8, 200)
+    operator = with_spectrum(values)
+    rounded = Dense(operator.matrix.float())
+    (largest,), _ = lanczos(rounded, tolerance=1e-9, most=150)
+    true = float((rounded.matrix.double() @ largest.vector.double() - largest.value * largest.vector.double()).norm())
+    assert largest.residual == pytest.approx(true, rel=0.5)
+    assert largest.residual > 1e-8
+
+
+def test_an_unlucky_start_does_not_end_the_search():
+    """All 1 but for one 1.2, on which a random vector has hardly any weight."""
+    values = torch.ones(4000, dtype=torch.float64)
+    values[17] = 1.2
+    operator = Diagonal(values)
+    for seed in range(5):
+        (largest,), _ = lanczos(operator, seed=seed)
+        assert largest.value == pytest.approx(1.2, rel=1e-6)
 
 
 @given(spectra, st.integers(0, 5), st.integers(1, 30))
@@ -125,7 +159,7 @@ def test_traces():
     errors = [abs(hutchinson(operator, probes=30, seed=seed).value - exact) / 1 for seed in range(30)]
     stated = hutchinson(operator, probes=30).error
     assert stated is not None
-    assert sum(error**2 for error in errors) / 30 == pytest.approx(stated**2, rel=1), "the error is what it says"
+    assert 0.5 < math.sqrt(sum(error**2 for error in errors) / 30) / stated < 2, "the error is what it says"
 
 
 def test_a_trace_with_more_probes_than_dimensions_is_exact():

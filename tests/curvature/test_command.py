@@ -45,8 +45,10 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
         f"blocks.0.{name}.weight" for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down")
     }
     for row in reading["slots"]:
-        assert row["hessian"] <= (row["gauss_newton"] + row["curvature"]) * (1 + 1e-6)
-        assert row["scale_free"] == pytest.approx(row["rms"] ** 2 * row["hessian"])
+        hessian, both = row["hessian"]["value"], row["gauss_newton"]["value"] + row["curvature"]["value"]
+        assert hessian <= both * (1 + 1e-6)
+        assert row["scale_free"] == pytest.approx(row["rms"] ** 2 * hessian)
+        assert row["difference"] < 1e-4
         assert row["token"] == 8
     again = tmp_path / "again.json"
     ask(recipe, "--what", "sharpness,weights,slots", "--json", again, "--dtype", "fp64", "--rows", 1)
@@ -84,6 +86,9 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     losses = [reading["sharpness"]["loss"] for reading in record["readings"]]
     assert len(set(losses)) == 3
     assert losses == sorted(losses, reverse=True)
+    code, out, _ = ask(run, "--most", "2", "--slot", "blocks.0.ffn.up", "--slot", "blocks.0.attn.o")
+    assert code == 0
+    assert out.count("*") > 4, "what has not converged is marked, in slots, too"
     code, out, _ = ask(run, "--what", "adam", "--part", "blocks.0.attn.q", "--json", path, "--dtype", "fp64")
     assert code == 0
     assert "As AdamW sees it" in out
