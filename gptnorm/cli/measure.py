@@ -111,7 +111,9 @@ def evaluate(
 @click.option("--slot", "slots", metavar="NAME", multiple=True, help="Default: all of the middle block.")
 @click.option("--token", type=click.IntRange(min=0), help="Position whose activation is the variable.")
 @click.option("--rows", type=click.IntRange(min=1), help="Sequences in memory at once; default: all of the batch.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="What is computed in.")
+@click.option(
+    "--dtype", type=click.Choice(["fp64", "fp32"]), default="fp64", show_default=True, help="fp32: half the memory."
+)
 @click.option("--tolerance", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True)
 @click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per spectrum.")
 @JSON

@@ -15,7 +15,7 @@ sequence. Closed forms: simplegpt.md §5.2 (ours).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,22 @@ def slots_of(model: GPT) -> dict[str, nn.Module]:
         if isinstance(module, (*SLOTS, ExpertProjection, Router)):
             inner.append(f"{name}.")
     return found
+
+
+def used_once(model: GPT, tokens: Tensor, names: Iterable[str]) -> list[str]:
+    """Those of the slots that one forward pass over a sequence (T + 1,) goes through exactly once."""
+    calls = dict.fromkeys(names, 0)
+    slots = slots_of(model)
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    with contextlib.ExitStack() as stack, torch.no_grad(), reference_paths(model):
+        for name in calls:
+            hook = slots[name].register_forward_hook(lambda *_, name=name: count(name))
+            stack.enter_context(_hooked(hook))
+        model.loss(tokens[None])
+    return [name for name, found in calls.items() if found == 1]
 
 
 def find_slot(model: GPT, name: str) -> nn.Module:
@@ -107,13 +123,13 @@ class SlotLoss:
         return self.hessian().gradient().view_as(self.x)
 
     def finite_difference(self) -> FiniteDifference:
-        """H_xx from two gradients."""
+        """H_xx from four gradients."""
         offset, loss = self._shifted(self.x, before=True)
 
         def gradient() -> Tensor:
             return torch.autograd.grad(loss(), offset)[0].reshape(-1)
 
-        return FiniteDifference(gradient, [offset], size=self.x.norm())
+        return FiniteDifference(gradient, [offset], size=self.x.norm(), extrapolated=True)
 
     def gauss_newton(self) -> SlotGaussNewton:
         """L."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gptnorm.curvature.activation import slots_of
+from gptnorm.curvature.activation import slots_of, used_once
 from gptnorm.curvature.adam import read_optimizers
 from gptnorm.curvature.language import parameters_of
 from gptnorm.curvature.reading import (
@@ -130,7 +130,8 @@ def run_curvature(
             names = parameters_of(model, part)
             position = middle(tokens) if token is None else token
             batches = list(tokens.split(rows or len(tokens)))
-            chosen = list(slots) or [slot for slot in slots_of(model) if slot.startswith(_middle_block(model))]
+            middle_block = [slot for slot in slots_of(model) if slot.startswith(_middle_block(model))]
+            chosen = list(slots) or used_once(model, tokens[0], middle_block)
             how: dict[str, Any] = {"tolerance": tolerance, "most": most, "say": say}
             weights, found, adam = [], [], None
             # Slots first: a wrong name shows before the long part.

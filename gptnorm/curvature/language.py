@@ -77,9 +77,9 @@ class LanguageLoss:
         """Of the loss; `keep` as there."""
         return GaussNewton([self._part(tokens) for tokens in self._batches], self.leaves, keep=keep)
 
-    def finite_difference(self, *, step: float | None = None) -> FiniteDifference:
-        """The Hessian from two gradients; `step` as there."""
-        return FiniteDifference(self.gradient, self.leaves, step=step)
+    def finite_difference(self, *, step: float | None = None, extrapolated: bool = False) -> FiniteDifference:
+        """The Hessian from two gradients, or four; arguments as there."""
+        return FiniteDifference(self.gradient, self.leaves, step=step, extrapolated=extrapolated)
 
     def _losses(self) -> list[Callable[[], Tensor]]:
         def part(tokens: Tensor) -> Callable[[], Tensor]:

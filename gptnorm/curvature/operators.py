@@ -188,6 +188,8 @@ class FiniteDifference:
         leaves: where they are.
         step: h, of a vector v scaled to the norm of the leaves; by default $\epsilon^{2/5}$ of the dtype, since
             $\epsilon^{1/3}$, which is usual, assumes a loss smoother than that of a network.
+        extrapolated: whether to take the differences at h and h / 2, from whose combination the error of order $h^2$
+            falls out (Richardson), for twice the gradients.
         size: a norm to take in place of that of the leaves, which may be offsets from something.
     """
 
@@ -198,8 +200,11 @@ class FiniteDifference:
         *,
         step: float | None = None,
         size: Tensor | None = None,
+        extrapolated: bool = False,
     ) -> None:
-        self.space, self._size = Space(leaves), size
+        self.space, self._size, self._extrapolated = Space(leaves), size, extrapolated
+        self.doubt: Tensor | None = None
+        """How far apart the two estimates of the last extrapolated product are: no less than their error, as a rule."""
         self._gradient, self._leaves = gradient, list(leaves)
         self._step = torch.finfo(self.space.dtype).eps ** 0.4 if step is None else step
 
@@ -212,11 +217,17 @@ class FiniteDifference:
         h = self._step * (scale if scale > 0 else torch.ones_like(scale)) / length
         parts = self.space.split(v)
         try:
-            ahead = self._at(before, parts, h)
-            behind = self._at(before, parts, -h)
+            found = self._central(before, parts, h)
+            if not self._extrapolated:
+                return found
+            half = self._central(before, parts, h / 2)
+            self.doubt = half - found
+            return half + self.doubt / 3
         finally:
             self._move(before, parts, torch.zeros_like(h))
-        return (ahead - behind) / (2 * h)
+
+    def _central(self, before: Sequence[Tensor], parts: Sequence[Tensor], h: Tensor) -> Tensor:
+        return (self._at(before, parts, h) - self._at(before, parts, -h)) / (2 * h)
 
     def _at(self, before: Sequence[Tensor], parts: Sequence[Tensor], h: Tensor) -> Tensor:
         self._move(before, parts, h)

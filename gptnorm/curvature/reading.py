@@ -247,7 +247,9 @@ def check_products(model: GPT, batch: Tensor, names: Sequence[str]) -> float:
     """`refuse_wrong_products` on one micro-batch; routers keep to their choice meanwhile, for it jumps."""
     loss = LanguageLoss(model, [batch], names)
     with loss.measuring(), frozen_routing(model):
-        return refuse_wrong_products(loss.hessian(), loss.finite_difference(), loss.leaves, what="parameters")
+        return refuse_wrong_products(
+            loss.hessian(), loss.finite_difference(extrapolated=True), loss.leaves, what="parameters"
+        )
 
 
 def weights_of(model: GPT, names: Sequence[str]) -> list[str]:

@@ -37,8 +37,8 @@ class OnceDifferentiable(torch.autograd.Function):
 def test_right_products_pass(strategy, dtype):
     loss = LanguageLoss(model(strategy).to(dtype), [batch()])
     with loss.measuring():
-        found = refuse_wrong_products(loss.hessian(), loss.finite_difference(), loss.leaves, what="it")
-    assert found < (3e-2 if dtype == torch.float32 else 1e-6)
+        found = refuse_wrong_products(loss.hessian(), loss.finite_difference(extrapolated=True), loss.leaves, what="it")
+    assert found < (3e-3 if dtype == torch.float32 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite():
     loss = LanguageLoss(gpt, [batch()])
     with loss.measuring(), pytest.raises(UserError, match="is not finite"):
         lanczos(loss.hessian())
-    with pytest.raises(UserError, match="differs from finite differences"):
+    with pytest.raises(UserError, match="too rough"):
         check_products(gpt, batch(), parameters_of(gpt, "all"))
 
 

@@ -57,6 +57,13 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
     assert other["sharpness"]["trace"] == pytest.approx(reading["sharpness"]["trace"], rel=1e-6)
 
 
+def test_slots_that_are_used_twice_are_left_out(ask, recipe):
+    code, out, _ = ask(recipe, "model.strategy=ngpt")
+    assert code == 0
+    assert "blocks.0.attn.q_norm" in out
+    assert "own.unit" not in out
+
+
 def by_hand(run):
     """λ_max of D^-½ H D^-½, D = √(v / (1 - β2^t)) + ε from the checkpoint's own files, H in fp64."""
     config = RunFolder.open(run).config()

@@ -126,6 +126,13 @@ def test_a_quadratic_form():
     def gradient():
         return torch.autograd.grad(0.5 * x @ a @ x, x)[0]
 
+    def of_seventh_power():
+        return torch.autograd.grad((x**7).sum(), x)[0]
+
+    exact, v = 42 * x.detach() ** 5, torch.ones(5, dtype=torch.float64)
+    by_step = [FiniteDifference(of_seventh_power, [x], step=step, extrapolated=True) for step in (0.2, 0.1)]
+    errors = [relative(differences(v), exact) for differences in by_step]
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.05), "of the fourth order"
     start = x.detach().clone()
     assert relative(matrix(FiniteDifference(gradient, [x])), a) < 1e-8
     assert torch.equal(x.detach(), start)
