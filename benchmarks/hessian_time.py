@@ -97,9 +97,12 @@ class Contest:
             "gradient": lambda _: self.loss.gradient(),
             "gptnorm": self.ours,
             "gptnorm, graph not kept": again,
-            "curvlinops": lambda v: self.curvlinops @ v,
+            "curvlinops": self._by_curvlinops,
             "hessian-eigenthings": self.eigenthings.matvec,
         }
+
+    def _by_curvlinops(self, v: Tensor) -> Any:
+        return self.curvlinops @ v
 
     def eigenvalues(self) -> dict[str, Callable[[], float]]:
         """The largest, by who finds it."""
