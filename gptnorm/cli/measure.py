@@ -114,7 +114,13 @@ def evaluate(
 @click.option(
     "--dtype", type=click.Choice(["fp64", "fp32"]), default="fp64", show_default=True, help="fp32: half the memory."
 )
-@click.option("--tolerance", type=click.FloatRange(0, 1, min_open=True), default=1e-3, show_default=True)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Residual of an eigenvalue.",
+)
 @click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per spectrum.")
 @JSON
 def curvature(
