@@ -77,7 +77,7 @@ class _Objective(torch.nn.Module):
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """The largest error over the largest entry."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 __all__ = ["F", "batch", "dense_gauss_newton", "dense_hessian", "hessian", "matrix", "model", "relative"]

@@ -1,7 +1,7 @@
 r"""The curvature of the loss in what one module reads: H_xx of a slot, and its split into L and C.
 
 A *slot* is a module that reads x and returns y = φ(x), token by token: a linear map with what its strategy puts after
-it (for SimpleNorm φ(x) = γ ⊙ √d Wx / ‖Wx‖), or a norm of the wiring or of queries and keys. x is a leaf at its
+it (a norm: φ(x) = γ ⊙ √d Wx / ‖Wx‖), or a norm of the wiring or of queries and keys. x is a leaf at its
 input only, not the stream that also feeds the skip and the sibling maps. With g = ∂ℓ/∂y and J = ∂y/∂x,
 
 $$H_{xx} = L + C, \qquad L = J^\top H_{yy} J, \qquad C = \sum_k g_k\, \nabla^2_x y_k.$$
