@@ -84,8 +84,7 @@ def evaluate(
     from gptnorm.evaluate.command import print_evaluation, run_eval
     from gptnorm.probe.show import dump
 
-    if json_path is not None and not json_path.parent.is_dir():
-        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    refuse_missing_folder(json_path)
     found = run_eval(
         run,
         settings,
@@ -145,8 +144,7 @@ def curvature(
     from gptnorm.curvature.command import parse_steps, parse_what, print_curvature, run_curvature
     from gptnorm.probe.show import dump
 
-    if json_path is not None and not json_path.parent.is_dir():
-        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    refuse_missing_folder(json_path)
     found = run_curvature(
         source,
         settings,
@@ -164,3 +162,9 @@ def curvature(
     print_curvature(found, console)
     if json_path is not None:
         write("--json", json_path, dump(found.record()))
+
+
+def refuse_missing_folder(json_path: Path | None) -> None:
+    """What takes long is not to fail at its end."""
+    if json_path is not None and not json_path.parent.is_dir():
+        raise bad_value("--json", str(json_path), "cannot be written: no such folder")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
     return torch.cat([found[id(leaf)].reshape(-1).to(leaf) for leaf in leaves])
 
 
-def _inverse_root(state: dict[str, Tensor], group: dict[str, object]) -> Tensor:
-    (_, beta2), eps, factor = group["betas"], group["eps"], group.get("lr_factor", 1.0)  # type: ignore[misc]
-    second = state["exp_avg_sq"].double() / (1 - float(beta2) ** float(state["step"]))
-    return (float(factor) / (second.sqrt() + float(eps))).sqrt()  # type: ignore[arg-type]
+def _inverse_root(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    _, beta2 = group["betas"]
+    second = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))
+    return (group["lr_factor"] / (second.sqrt() + group["eps"])).sqrt()
 
 
 def read_optimizers(checkpoint: Path, model: GPT, config: OptimConfig) -> Optimizers:
@@ -61,7 +62,7 @@ def updated_by_adam(optimizers: Optimizers, model: GPT, names: Sequence[str]) ->
     """Those of the names of parameters that AdamW updates."""
     parts = [part for part in optimizers.parts if isinstance(part, torch.optim.AdamW)]
     own = {id(parameter) for part in parts for group in part.param_groups for parameter in group["params"]}
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return [name for name in names if id(parameters[name]) in own]
 
 

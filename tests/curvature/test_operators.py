@@ -7,8 +7,11 @@ import torch
 from cases import ROWS
 from dense import batch, dense_gauss_newton, dense_hessian, matrix, model, relative
 
+from gptnorm.config import OptimConfig
 from gptnorm.curvature import FiniteDifference, GaussNewton, Hessian, LanguageLoss, Part, Scaled, parameters_of
+from gptnorm.curvature.adam import updated_by_adam
 from gptnorm.errors import UserError
+from gptnorm.train.optim import build_optimizer
 
 STRATEGIES = [row.strategy for row in ROWS]
 NAMES = ["blocks.0.attn.k.weight", "blocks.1.ffn.down.weight"]
@@ -145,5 +148,10 @@ def test_names_of_parts():
     assert parameters_of(gpt, "all") == every
     assert parameters_of(gpt, "blocks.1.attn.q") == ["blocks.1.attn.q.weight", "blocks.1.attn.q.after.0.gain"]
     assert parameters_of(gpt, "head.weight") == ["head.weight"]
+    tied = model("prenorm", "gpt2")
+    assert "head.weight" not in parameters_of(tied, "all")
+    (leaf,) = LanguageLoss(tied, [batch()], parameters_of(tied, "head")).leaves
+    assert leaf is tied.embed.weight
+    assert updated_by_adam(build_optimizer(tied, OptimConfig()), tied, ["head.weight"]) == ["head.weight"]
     with pytest.raises(UserError, match=r"--part = 'blocks\.1\.a'"):
         parameters_of(gpt, "blocks.1.a")
