@@ -118,7 +118,7 @@ def evaluate(
     type=click.FloatRange(0, 1, min_open=True),
     default=1e-3,
     show_default=True,
-    help="Residual of an eigenvalue.",
+    help="Error of an eigenvalue.",
 )
 @click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per spectrum.")
 @JSON

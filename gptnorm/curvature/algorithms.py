@@ -2,12 +2,13 @@ r"""What can be learned of a symmetric operator from its products.
 
 | function | finds | says how sure it is by |
 |---|---|---|
-| `power_iteration` | the eigenvalue of largest modulus | its residual $\lVert A v - \lambda v \rVert$ |
-| `lanczos` | the largest and smallest eigenvalues | each one's residual |
+| `power_iteration` | the eigenvalue of largest modulus | its residual $r = \lVert A v - \lambda v \rVert$ |
+| `lanczos` | the largest and smallest eigenvalues | each one's residual, and $r^2$ over its gap to the others |
 | `spectral_density` | the distribution of eigenvalues | the spread over probes |
 | `hutchinson`, `hutch_pp` | the trace | the standard error over probes |
 
-A symmetric operator has an eigenvalue within the residual of λ. Everything is drawn from a seed.
+A symmetric operator has an eigenvalue within the residual of λ, and if no other is within a gap of it, one within
+$r^2 / \text{gap}$ (Parlett, The Symmetric Eigenvalue Problem, section 11.7). Everything is drawn from a seed.
 """
 
 from __future__ import annotations
@@ -38,28 +39,39 @@ class Eigenpair:
     """Of length 1."""
     residual: float
     """‖A v - λ v‖: some eigenvalue is no further from `value`."""
+    error: float
+    """How far it is, as far as is known: the residual, or, where that is less, its square over the gap to the other
+    values found, each taken to be as much nearer as its own residual."""
     products: int
     """Products that it took, those of the other pairs of the same call included."""
 
     def converged(self, tolerance: float) -> bool:
-        """Whether the residual is at most that part of the value."""
-        return self.residual <= tolerance * abs(self.value)
+        """Whether the error is at most that part of the value."""
+        return self.error <= tolerance * abs(self.value)
 
 
-def power_iteration(operator: Operator, *, tolerance: float = 1e-3, most: int = MOST_STEPS, seed: int = 0) -> Eigenpair:
+def power_iteration(
+    operator: Operator,
+    *,
+    tolerance: float = 1e-3,
+    most: int = MOST_STEPS,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> Eigenpair:
     """The eigenvalue of largest modulus.
 
     Args:
         tolerance: of the residual, relative to the value; it stops there, or after `most` products.
+        start: a vector to begin with, not 0; None: drawn from the seed.
     """
-    v = _unit(_draw(operator, seed))
+    v = _unit(_draw(operator, seed) if start is None else start)
     for count in range(1, most + 1):
         w = operator(v)
         value = float(v @ w)
         residual = float((w - value * v).norm())
         length = w.norm()
         if residual <= tolerance * abs(value) or length == 0 or count == most:
-            return Eigenpair(value=value, vector=v, residual=residual, products=count)
+            return Eigenpair(value=value, vector=v, residual=residual, error=residual, products=count)
         v = w / length
     raise AssertionError("most must be 1 or more")
 
@@ -132,6 +144,7 @@ def lanczos(
     tolerance: float = 1e-3,
     most: int = MOST_STEPS,
     seed: int = 0,
+    start: Tensor | None = None,
 ) -> tuple[list[Eigenpair], list[Eigenpair]]:
     """The eigenvalues at both ends of the spectrum.
 
@@ -139,14 +152,15 @@ def lanczos(
 
     Args:
         largest, smallest: how many of each.
-        tolerance: of each residual, relative to the largest modulus found; it stops where all keep it at two steps
+        tolerance: of each error, relative to the largest modulus found; it stops where all keep it at two steps
             running, where nothing is left to find, or after `most` products.
+        start: as for `power_iteration`.
 
     Returns:
         The largest, descending, and the smallest, ascending; fewer where the space is exhausted. Each residual is that
         of a product more: the recurrence's own, in fp32, falls below what rounding leaves.
     """
-    krylov, settled = Krylov(operator, _draw(operator, seed)), 0
+    krylov, settled = Krylov(operator, _draw(operator, seed) if start is None else start), 0
     for count in range(1, most + 1):
         more = krylov.step()
         settled = settled + 1 if _settled(krylov, largest, smallest, tolerance) else 0
@@ -154,13 +168,14 @@ def lanczos(
             break
     found = krylov.found
     values, vectors = found.eigen()
-    count = len(values)
+    count, gaps = len(values), _gaps(values, _residuals(found, vectors))
     ends = [*(count - 1 - i for i in range(min(largest, count))), *range(min(smallest, count))]
 
     def pair(index: int) -> Eigenpair:
         v, value = _unit(found.basis.mT @ vectors[:, index].to(found.basis)), float(values[index])
-        residual = float((operator(v) - value * v).norm())
-        return Eigenpair(value=value, vector=v, residual=residual, products=count + len(ends))
+        residual = (operator(v) - value * v).norm().double()
+        error = float(_error(residual, gaps[index].to(residual)))
+        return Eigenpair(value=value, vector=v, residual=float(residual), error=error, products=count + len(ends))
 
     pairs = [pair(index) for index in ends]
     return pairs[: min(largest, count)], pairs[min(largest, count) :]
@@ -170,9 +185,27 @@ def _settled(krylov: Krylov, largest: int, smallest: int, tolerance: float) -> b
     if len(krylov.alphas) < largest + smallest:
         return False
     values, vectors = eigen(krylov.alphas, krylov.betas)
-    residuals = krylov.betas[-1] * vectors[-1].abs()
+    residuals = _residuals(krylov, vectors)
+    errors = _error(residuals, _gaps(values, residuals))
     wanted = [*range(len(values) - largest, len(values)), *range(smallest)]
-    return bool((residuals[wanted] <= tolerance * values.abs().max()).all())
+    return bool((errors[wanted] <= tolerance * values.abs().max()).all())
+
+
+def _residuals(found: Tridiagonal | Krylov, vectors: Tensor) -> Tensor:
+    """Of each Ritz pair, by the recurrence."""
+    return found.betas[-1] * vectors[-1].abs()
+
+
+def _gaps(values: Tensor, residuals: Tensor) -> Tensor:
+    """How near the next eigenvalue may be to each, below 0 where it may be the same."""
+    if len(values) == 1:
+        return torch.zeros_like(values)  # of the others nothing is known
+    apart = (values[:, None] - values).abs() - residuals
+    return apart.fill_diagonal_(math.inf).amin(1)
+
+
+def _error(residual: Tensor, gap: Tensor) -> Tensor:
+    return torch.where(gap > residual, residual.square() / gap, residual)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -41,7 +41,7 @@ WHAT = ("sharpness", "adam", "weights", "slots")
 
 
 UNSURE = 0.1
-"""Part of an eigenvalue above which a residual is told."""
+"""Part of an eigenvalue above which its error is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,10 @@ def print_curvature(found: Curvature, console: Console) -> None:
     slots = [slot for reading in found.readings for slot in reading.slots]
     worst = max([reading.sharpness.difference for reading in found.readings] + [slot.difference for slot in slots])
     notes = [
-        f"H: Hessian, G: Gauss-Newton matrix. *: residual above {found.tolerance:g} of the largest modulus, or "
-        f"{UNSURE:g} of itself.",
+        "H: Hessian, G: Gauss-Newton matrix; residual: ‖Hv - λv‖, an eigenvalue being no further off, over the "
+        "matrix's largest |λ|; the worst of the row.",
+        f"*: error above {found.tolerance:g} of the largest modulus, or {UNSURE:g} of itself; the error is r² over the "
+        "gap to the other eigenvalues where that is less than the residual r.",
         f"Products differ from finite differences of the gradient by {worst:.1g}, relative.",
     ]
     if slots:
@@ -206,35 +208,53 @@ def print_curvature(found: Curvature, console: Console) -> None:
 
 
 def _tables(found: Curvature) -> list[Table]:
-    sharpness = _table("Sharpness", ["step", "loss", "‖grad‖", "λ_max H", "λ_min H", "λ_max G", "trace H"], words=0)
+    sharpness = _table(
+        "Sharpness", ["step", "loss", "‖grad‖", "λ_max H", "λ_min H", "λ_max G", "residual", "trace H"], words=0
+    )
     for reading in found.readings:
         s = reading.sharpness
         error = "" if s.trace_error is None else f" ± {_digits(s.trace_error)}"
         values = [*_ends(s.largest, s.smallest, found.tolerance), *_ends(s.gauss_newton, None, found.tolerance)]
         trace = f"{_digits(s.trace)}{error}"
-        sharpness.add_row(str(reading.step), f"{s.loss:.4f}", _digits(s.gradient), *values, trace)
+        sharpness.add_row(
+            str(reading.step),
+            f"{s.loss:.4f}",
+            _digits(s.gradient),
+            *values,
+            _residual([s.largest, s.smallest], [s.gauss_newton]),
+            trace,
+        )
     tables = [sharpness]
-    adam = _table("As AdamW sees it", ["step", "rate", "λ_max P^-½ H P^-½", "threshold", "of the threshold"], words=0)
+    adam = _table(
+        "As AdamW sees it", ["step", "rate", "λ_max P^-½ H P^-½", "residual", "threshold", "of the threshold"], words=0
+    )
     for reading in found.readings:
         if (a := reading.adam) is not None:
             (end,) = _ends(a.largest, None, found.tolerance)
             limit = [MISSING, MISSING]
             if a.threshold is not None:
                 limit = [_digits(a.threshold), f"{a.largest.value / a.threshold:.2f}"]
-            adam.add_row(str(reading.step), short_text(a.lr) if a.lr else "0", end, *limit)
+            adam.add_row(str(reading.step), short_text(a.lr) if a.lr else "0", end, _residual([a.largest]), *limit)
     if adam.row_count:
         tables.append(adam)
     if any(reading.weights for reading in found.readings):
-        head = ["step", "weight", "‖W‖", "λ_max H", "λ_min H", "‖W‖² λ_max"]
+        head = ["step", "weight", "‖W‖", "λ_max H", "λ_min H", "residual", "‖W‖² λ_max"]
         weights = _table("Weights, each by itself", head, words=2)
         for reading in found.readings:
             for w in reading.weights:
                 ends = _ends(w.largest, w.smallest, found.tolerance)
                 name = w.name.removesuffix(".weight")
-                weights.add_row(str(reading.step), name, _digits(w.norm), *ends, _digits(w.scale_free))
+                weights.add_row(
+                    str(reading.step),
+                    name,
+                    _digits(w.norm),
+                    *ends,
+                    _residual([w.largest, w.smallest]),
+                    _digits(w.scale_free),
+                )
         tables.append(weights)
     if any(reading.slots for reading in found.readings):
-        head = ["step", "slot", "RMS(x)", "‖H‖", "‖L‖", "‖C‖", "‖C‖/‖L‖", "scaled"]
+        head = ["step", "slot", "RMS(x)", "‖H‖", "‖L‖", "‖C‖", "residual", "‖C‖/‖L‖", "scaled"]
         slots = _table("Slots", head, words=2)
         for reading in found.readings:
             for s in reading.slots:
@@ -250,7 +270,17 @@ def _slot_cells(s: SlotReading, tolerance: float) -> list[str]:
         mark = "*" if any(norm.endswith("*") for norm in norms[1:]) else ""
         ratio = f"{_digits(s.curvature.value / s.gauss_newton.value)}{mark}"
     scaled = f"{_digits(s.scale_free)}{'*' if norms[0].endswith('*') else ''}"
-    return [_digits(s.rms), *norms, ratio, scaled]
+    return [_digits(s.rms), *norms, _residual([s.hessian], [s.gauss_newton], [s.curvature]), ratio, scaled]
+
+
+def _residual(*operators: Sequence[Extreme]) -> str:
+    """The worst of the residuals, each over the largest modulus of its operator."""
+    found = [
+        max(extreme.residual for extreme in extremes) / scale
+        for extremes in operators
+        if (scale := max(abs(extreme.value) for extreme in extremes))
+    ]
+    return f"{max(found):.0e}" if found else MISSING
 
 
 def _ends(largest: Extreme, smallest: Extreme | None, tolerance: float) -> list[str]:
@@ -260,7 +290,7 @@ def _ends(largest: Extreme, smallest: Extreme | None, tolerance: float) -> list[
 
     def unsure(extreme: Extreme) -> bool:
         # Small beside the other end, its own sign may not be known.
-        return extreme.residual > limit or extreme.residual > UNSURE * abs(extreme.value)
+        return extreme.error > limit or extreme.error > UNSURE * abs(extreme.value)
 
     return [f"{_digits(extreme.value)}{'*' if unsure(extreme) else ''}" for extreme in ends]
 

@@ -29,10 +29,12 @@ class Extreme:
     value: float
     residual: float
     """Some eigenvalue is no further away."""
+    error: float
+    """How far the nearest is, as far as is known; see `Eigenpair`."""
 
     @classmethod
     def of(cls, pair: Eigenpair) -> Extreme:
-        return cls(value=pair.value, residual=pair.residual)
+        return cls(value=pair.value, residual=pair.residual, error=pair.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +238,8 @@ def measure_slots(
 def spectral_norm(operator: Operator, *, tolerance: float, most: int) -> Extreme:
     """The largest modulus of an eigenvalue."""
     (largest,), (smallest,) = lanczos(operator, smallest=1, tolerance=tolerance, most=most)
-    return max((Extreme(value=abs(pair.value), residual=pair.residual) for pair in (largest, smallest)), key=_value)
-
-
-def _value(extreme: Extreme) -> float:
-    return extreme.value
+    pair = max(largest, smallest, key=lambda pair: abs(pair.value))
+    return Extreme(value=abs(pair.value), residual=pair.residual, error=pair.error)
 
 
 def check_products(model: GPT, batch: Tensor, names: Sequence[str]) -> float:

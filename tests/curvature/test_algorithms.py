@@ -75,6 +75,39 @@ def test_residuals_hold_in_single_precision():
     assert largest.residual > 1e-8
 
 
+def spectrum_of_a_network(seed: int) -> torch.Tensor:
+    """A bulk around 0 and some large eigenvalues, not far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    large = 10 * torch.rand(60, generator=generator, dtype=torch.float64)
+    return torch.cat([0.3 * torch.randn(600, generator=generator, dtype=torch.float64), large])
+
+
+def test_the_error_of_an_eigenvalue_is_what_it_says_before_its_residual_is_as_small():
+    earlier = 0
+    for seed in range(20):
+        operator = Diagonal(spectrum_of_a_network(seed))
+        exact = float(operator.values.max())
+        (found,), _ = lanczos(operator, tolerance=1e-3, seed=seed)
+        assert found.converged(1e-3)
+        assert abs(found.value - exact) <= found.error + 1e-12
+        assert found.error <= found.residual
+        earlier += found.residual > 1e-3 * found.value
+    assert earlier >= 10
+
+
+def test_of_one_value_nothing_but_the_residual_is_known():
+    (found,), _ = lanczos(with_spectrum([1.0, 5.0, 7.0]), most=1)
+    assert found.error == found.residual > 0.1
+
+
+def test_a_start_that_is_an_eigenvector_ends_the_search_at_once():
+    operator = with_spectrum([1.0, 5.0, 7.0])
+    start = torch.linalg.eigh(operator.matrix).eigenvectors[:, 1]
+    assert power_iteration(operator, start=start, tolerance=1e-9).products == 1
+    (found,), _ = lanczos(operator, start=3 * start)
+    assert found.value == pytest.approx(5.0), "nothing else is in its Krylov space"
+
+
 def test_an_unlucky_start_does_not_end_the_search():
     """All 1 but for one 1.2, on which a random vector has hardly any weight."""
     values = torch.ones(4000, dtype=torch.float64)
