@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptnorm.curvature.operators import FiniteDifference, GaussNewton, Hessian, Part
+from gptnorm.curvature.operators import FiniteDifference, GaussNewton, Hessian, Part, PartInRows, Rows
 from gptnorm.curvature.reference import reference_paths
 from gptnorm.errors import bad_value
 from gptnorm.model import GPT
+
+MOST_LOGITS = 1 << 24
+"""Of a micro-batch, above which the Gauss-Newton matrix, which holds several copies, makes them some tokens at a time."""
 
 
 class LanguageLoss:
@@ -73,9 +76,13 @@ class LanguageLoss:
         """Of the loss; `keep` as there."""
         return Hessian(self._losses(), self.leaves, keep=keep)
 
-    def gauss_newton(self, *, keep: bool | None = None) -> GaussNewton:
-        """Of the loss; `keep` as there."""
-        return GaussNewton([self._part(tokens) for tokens in self._batches], self.leaves, keep=keep)
+    def gauss_newton(self, *, keep: bool | None = None, most_logits: int = MOST_LOGITS) -> GaussNewton:
+        """Of the loss; `keep` as there.
+
+        Args:
+            most_logits: in memory at once; where a micro-batch has more, each product goes through the head again.
+        """
+        return GaussNewton([self._part(tokens, most_logits) for tokens in self._batches], self.leaves, keep=keep)
 
     def finite_difference(self, *, step: float | None = None, extrapolated: bool = False) -> FiniteDifference:
         """The Hessian from two gradients, or four; arguments as there."""
@@ -87,18 +94,34 @@ class LanguageLoss:
 
         return [part(tokens) for tokens in self._batches]
 
-    def _part(self, tokens: Tensor) -> Part:
-        share, z_loss = len(tokens) / self._rows, self.model.logits.z_loss
-        targets = tokens[:, 1:].flatten()
+    def _part(self, tokens: Tensor, most_logits: int) -> Part | PartInRows:
+        targets, vocab = tokens[:, 1:].flatten(), self.model.shape.vocab
+        share = len(tokens) / self._rows / len(targets)
+        if len(targets) * vocab <= most_logits:
+            return Part(
+                outputs=lambda: self.model(tokens[:, :-1]).flatten(0, 1),
+                loss=lambda logits: share * self._summed(logits, targets),
+            )
 
-        def loss(logits_BTV: Tensor) -> Tensor:
-            logits = logits_BTV.flatten(0, 1)
-            total = F.cross_entropy(logits, targets)
-            if z_loss:
-                total = total + z_loss * logits.logsumexp(-1).square().mean()
-            return share * total
+        def rows(at: slice) -> Rows:
+            return Rows(
+                at=at,
+                outputs=self.model.read_out,
+                loss=lambda logits: share * self._summed(logits, targets[at]),
+            )
 
-        return Part(outputs=lambda: self.model(tokens[:, :-1]), loss=loss)
+        step = max(1, most_logits // vocab)
+        return PartInRows(
+            hidden=lambda: self.model.features(tokens[:, :-1]).flatten(0, 1),
+            rows=[rows(slice(start, start + step)) for start in range(0, len(targets), step)],
+        )
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of rows of logits (N, V), summed over them."""
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        if z_loss := self.model.logits.z_loss:
+            total = total + z_loss * logits.logsumexp(-1).square().sum()
+        return total
 
 
 def parameters_of(model: GPT, part: str) -> list[str]:

@@ -102,32 +102,73 @@ class Part(NamedTuple):
     """ℓ of z."""
 
 
+class Rows(NamedTuple):
+    """Some rows of z = head(h), and what they add to the loss."""
+
+    at: slice
+    """Which rows of h."""
+    outputs: Callable[[Tensor], Tensor]
+    """Those of z, from those of h and the leaves."""
+    loss: Callable[[Tensor], Tensor]
+    """ℓ of them."""
+
+
+class PartInRows(NamedTuple):
+    """A part whose outputs are too large to be in memory at once: they are made of h some rows at a time."""
+
+    hidden: Callable[[], Tensor]
+    """h, (N, …), from the leaves."""
+    rows: Sequence[Rows]
+
+
 class GaussNewton:
     """Of losses of outputs, with respect to some leaves: the Hessian without the second derivatives of the outputs.
 
     Args: as those of `Hessian`.
     """
 
-    def __init__(self, parts: Sequence[Part], leaves: Sequence[Tensor], *, keep: bool | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[Part | PartInRows], leaves: Sequence[Tensor], *, keep: bool | None = None
+    ) -> None:
         self.space = Space(leaves)
         self._parts, self._leaves = list(parts), list(leaves)
         self._keep = len(self._parts) == 1 if keep is None else keep
         self._kept: list[Jacobian] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        total = torch.zeros_like(v)
+        total, vectors = torch.zeros_like(v), self.space.split(v)
         for index, part in enumerate(self._parts):
             linear = self._linear(index)
-            pushed = linear.push(self.space.split(v))
-            total += self.space.join(linear.pull(second_derivative(part.loss, linear.z, pushed)))
+            if isinstance(part, Part):
+                u = second_derivative(part.loss, linear.z, linear.push(vectors))
+            else:
+                u, own = self._through_rows(part, linear, vectors)
+                total += own
+            total += self.space.join(linear.pull(u))
         return total
+
+    def _through_rows(self, part: PartInRows, linear: Jacobian, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What comes back to h, and to the leaves by other ways than through h, such as the head's own weight."""
+        pushed, back = linear.push(vectors), torch.zeros_like(linear.z)
+        own = torch.zeros(self.space.size, dtype=self.space.dtype, device=self.space.device)
+        for rows in part.rows:
+            h = linear.z[rows.at].clone().requires_grad_()
+            head = Jacobian(rows.outputs(h), [h, *self._leaves])
+            u = second_derivative(rows.loss, head.z, head.push([pushed[rows.at], *vectors]))
+            back[rows.at], *found = head.pull(u)
+            own += self.space.join(found)
+        return back, own
 
     def _linear(self, index: int) -> Jacobian:
         if not self._keep:
-            return Jacobian(self._parts[index].outputs(), self._leaves)
+            return self._outputs(index)
         if self._kept is None:
-            self._kept = [Jacobian(part.outputs(), self._leaves) for part in self._parts]
+            self._kept = [self._outputs(i) for i in range(len(self._parts))]
         return self._kept[index]
+
+    def _outputs(self, index: int) -> Jacobian:
+        part = self._parts[index]
+        return Jacobian(part.outputs() if isinstance(part, Part) else part.hidden(), self._leaves)
 
 
 class Jacobian:
@@ -157,6 +198,8 @@ class Jacobian:
         return self._pull(u, create_graph=False)
 
     def _pull(self, u: Tensor, *, create_graph: bool) -> Sequence[Tensor]:
+        if not self._graph.requires_grad:  # the outputs depend on no leaf
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
         return torch.autograd.grad(
             self._graph,
             self._leaves,

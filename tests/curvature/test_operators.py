@@ -23,10 +23,13 @@ def test_hessian_and_gauss_newton_of_every_strategy(strategy):
     loss = LanguageLoss(gpt, [tokens], NAMES)
     with loss.measuring():
         hessian, gauss_newton = matrix(loss.hessian()), matrix(loss.gauss_newton())
+        in_rows = matrix(loss.gauss_newton(most_logits=5 * gpt.shape.vocab))
         v = torch.randn(len(hessian), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         assert relative(loss.finite_difference()(v), hessian @ v) < 1e-5
     assert relative(hessian, dense_hessian(gpt, NAMES, tokens)) < 1e-10
-    assert relative(gauss_newton, dense_gauss_newton(gpt, NAMES, tokens)) < 1e-10
+    dense = dense_gauss_newton(gpt, NAMES, tokens)
+    assert relative(gauss_newton, dense) < 1e-10
+    assert relative(in_rows, dense) < 1e-10, "twelve tokens, five at a time"
     assert relative(hessian, hessian.mT) < 1e-10
     assert torch.linalg.eigvalsh(gauss_newton).min() > -1e-12 * gauss_newton.abs().max()
 
@@ -59,6 +62,27 @@ def test_gauss_newton_with_z_loss_and_soft_cap():
     with loss.measuring():
         found = matrix(loss.gauss_newton())
     assert relative(found, dense_gauss_newton(gpt, NAMES, tokens, z_loss=weight)) < 1e-10
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "llama2"])
+def test_gauss_newton_of_the_head_in_rows(backbone):
+    """Logits that depend on a weight directly, in a tied head also through the stream, or not at all through it."""
+    gpt, tokens = model("prenorm", backbone, options={"logit_softcap": 2.0, "z_loss": 0.3}), batch()
+    for names in ([parameters_of(gpt, "head")[0], "blocks.1.attn.o.weight"], parameters_of(gpt, "head")):
+        loss = LanguageLoss(gpt, [tokens], names)
+        with loss.measuring():
+            whole = loss.gauss_newton(most_logits=10**9)
+            v = whole.space.draw(torch.Generator().manual_seed(0))
+            expected = whole(v)
+            for most in (1, 3 * gpt.shape.vocab, 12 * gpt.shape.vocab - 1):
+                assert relative(loss.gauss_newton(most_logits=most)(v), expected) < 1e-12
+    tied = gpt.head.weight is gpt.embed.weight
+    name = "embed.weight" if tied else "head.weight"
+    loss = LanguageLoss(gpt, [tokens], [name])
+    with loss.measuring():
+        found = matrix(loss.gauss_newton(most_logits=1))
+    if not tied:  # torch.func would take the two uses of one tensor apart
+        assert relative(found, dense_gauss_newton(gpt, [name], tokens, z_loss=0.3)) < 1e-10
 
 
 def test_micro_batches_are_one_batch():
