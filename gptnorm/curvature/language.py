@@ -20,7 +20,7 @@ from gptnorm.errors import bad_value
 from gptnorm.model import GPT
 
 MOST_LOGITS = 1 << 24
-"""Of a micro-batch, above which the Gauss-Newton matrix, which holds several copies, makes them some tokens at a time."""
+"""Of a micro-batch, above which the Gauss-Newton matrix, which holds several copies, makes them in turns."""
 
 
 class LanguageLoss:
