@@ -118,6 +118,8 @@ def run_curvature(
         raise bad_value(
             "--step", max(filter(None, steps)), "needs a run folder; a recipe is measured at initialisation"
         )
+    if "adam" in what and (folder is None or all(step == 0 for step in steps)):
+        raise bad_value("--what", "adam", "needs a checkpoint of a run: at initialisation AdamW has no second moments")
     readings, source = [], None
     for step in steps:
         with within_memory(config), console.status("preparing …") as status:
@@ -138,7 +140,7 @@ def run_curvature(
             if "slots" in what:
                 found = measure_slots(model, tokens[0], chosen, position, **how)
             sharpness = measure_sharpness(model, batches, names, **how)
-            if "adam" in what:
+            if "adam" in what and source.checkpoint is not None:
                 adam = _adam(source, batches, names, **how)
             if "weights" in what:
                 weights = measure_weights(model, batches, weights_of(model, names), **how)
@@ -149,9 +151,7 @@ def run_curvature(
 
 def _adam(source: Source, batches: Sequence[Tensor], names: Sequence[str], **how: Any) -> AdamReading:
     config = source.config
-    if source.checkpoint is None:
-        reason = "needs a checkpoint of a run: at initialisation AdamW has no second moments"
-        raise bad_value("--what", "adam", reason)
+    assert source.checkpoint is not None
     optimizers = read_optimizers(source.checkpoint, source.model, config.optim)
     lr = config.optim.lr * lr_factor(source.step, config.train.steps, config.optim)
     return measure_adam(source.model, batches, names, optimizers, lr=lr, beta1=config.optim.betas[0], **how)

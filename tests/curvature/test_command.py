@@ -104,6 +104,12 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     assert adam["largest"]["value"] == pytest.approx(by_hand(run), rel=1e-3)
     config = RunFolder.open(run).config()
     assert adam["lr"] == config.optim.lr * lr_factor(6, 6, config.optim)
+    code, out, _ = ask(run, "--step", "0,3", "--what", "adam", "--part", "blocks.0.attn.q", "--json", path)
+    assert code == 0
+    assert [r["adam"] is None for r in json.loads(path.read_text())["readings"]] == [True, False]
+    code, out, err = ask(run, "--step", "0", "--what", "adam")
+    assert code == 2
+    assert "needs a checkpoint" in err
     code, *_ = ask(run, "--slot", "blocks.0.attn.o", "--token", "0", "--json", path)
     assert code == 0
     (reading,) = json.loads(path.read_text())["readings"]
