@@ -1,8 +1,8 @@
 """Trains and measures, run by run, what the pages on curvature are made of: a process for each of two cores.
 
-Every run goes through the commands that anybody has: `gptnorm train`, then `gptnorm curvature` at some of its checkpoints.
-What is there already is not done again, so that a stopped script goes on where it was, and more seeds may be added. The
-readings stay beside the page, as the command's JSON; run folders go to a folder of their own.
+Every run goes through the commands that anybody has: `gptnorm train`, then `gptnorm curvature` at some of its
+checkpoints. What is there already is not done again, so that a stopped script goes on where it was, and more seeds may
+be added. The readings stay beside the page, as the command's JSON; run folders go to a folder of their own.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def measure(subjects: Iterable[Subject], runs: Path, readings: Path) -> None:
         for command in subject.commands(runs, readings / f"{subject.name}.json"):
             if command[0] == "train" and (runs / subject.name / "status.json").exists():
                 continue
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([sys.executable, "-c", COMMAND, *command], env=environment, capture_output=True)
+            line, one_thread = [sys.executable, "-c", COMMAND, *command], {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(line, env=one_thread, capture_output=True, check=False)
             if done.returncode:
                 print(f"{subject.name}: {done.stderr.decode().strip()[-300:]}", file=sys.stderr)
                 return
