@@ -27,7 +27,7 @@ MEASURED = (
     "--what",
     "sharpness,adam,slots",
     "--dtype",
-    "fp32",
+    "fp64",
     "--tolerance",
     "1e-2",
     "train.batch_size=8",

@@ -12,3 +12,6 @@ SETTINGS = click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 JSON = click.option(
     "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every number here."
 )
+REPORT = click.option(
+    "--report", "page_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots."
+)

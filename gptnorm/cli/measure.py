@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from gptnorm.cli.arguments import JSON, RUN, SETTINGS
+from gptnorm.cli.arguments import JSON, REPORT, RUN, SETTINGS
 from gptnorm.cli.output import console, write
 from gptnorm.errors import bad_value
 
@@ -19,7 +19,7 @@ from gptnorm.errors import bad_value
 @click.option("--tokens", type=click.Choice(["text", "random"]), default="text", help="First training batch, or noise.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp64"]), default="fp32", help="What is computed in.")
 @JSON
-@click.option("--report", "page_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with plots.")
+@REPORT
 def inspect(
     source: str,
     settings: tuple[str, ...],
@@ -84,7 +84,7 @@ def evaluate(
     from gptnorm.evaluate.command import print_evaluation, run_eval
     from gptnorm.probe.show import dump
 
-    refuse_missing_folder(json_path)
+    refuse_missing_folder("--json", json_path)
     found = run_eval(
         run,
         settings,
@@ -105,7 +105,9 @@ def evaluate(
 @click.argument("source", metavar="RECIPE|RUN")
 @SETTINGS
 @click.option("--step", "steps", metavar="STEPS", help="Checkpoints of a run, such as 0,100,400; default: the newest.")
-@click.option("--what", default="sharpness,slots", show_default=True, help="Of sharpness, adam, weights, slots.")
+@click.option(
+    "--what", default="sharpness,slots", show_default=True, help="Of sharpness, adam, weights, slots, spectrum."
+)
 @click.option("--part", default="all", show_default=True, help="Whose parameters: all, blocks.2, blocks.0.attn.q, ….")
 @click.option("--slot", "slots", metavar="NAME", multiple=True, help="Default: all of the middle block.")
 @click.option("--token", type=click.IntRange(min=0), help="Position whose activation is the variable.")
@@ -120,8 +122,9 @@ def evaluate(
     show_default=True,
     help="Error of an eigenvalue.",
 )
-@click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per spectrum.")
+@click.option("--most", type=click.IntRange(min=2), default=200, show_default=True, help="Products per eigenvalue.")
 @JSON
+@REPORT
 def curvature(
     source: str,
     settings: tuple[str, ...],
@@ -135,16 +138,20 @@ def curvature(
     tolerance: float,
     most: int,
     json_path: Path | None,
+    page_path: Path | None,
 ) -> None:
     """Measure the curvature of the loss: sharpness, and what a norm adds to it.
 
     RECIPE is measured at initialisation, RUN (a run folder) at its checkpoints, on the first training batch. KEY=VALUE
     as in 'gptnorm train'; for a run only what concerns the batch, such as train.batch_size=4. See docs/curvature.md.
     """
-    from gptnorm.curvature.command import parse_steps, parse_what, print_curvature, run_curvature
+    from gptnorm.curvature.command import parse_steps, parse_what, run_curvature
+    from gptnorm.curvature.show import print_curvature
     from gptnorm.probe.show import dump
+    from gptnorm.report.curvature_page import curvature_page
 
-    refuse_missing_folder(json_path)
+    refuse_missing_folder("--json", json_path)
+    refuse_missing_folder("--report", page_path)
     found = run_curvature(
         source,
         settings,
@@ -159,12 +166,15 @@ def curvature(
         most=most,
         console=console,
     )
-    print_curvature(found, console)
+    record = found.record()
+    print_curvature(record, console)
     if json_path is not None:
-        write("--json", json_path, dump(found.record()))
+        write("--json", json_path, dump(record))
+    if page_path is not None:
+        write("--report", page_path, curvature_page(record))
 
 
-def refuse_missing_folder(json_path: Path | None) -> None:
+def refuse_missing_folder(option: str, path: Path | None) -> None:
     """What takes long is not to fail at its end."""
-    if json_path is not None and not json_path.parent.is_dir():
-        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    if path is not None and not path.parent.is_dir():
+        raise bad_value(option, str(path), "cannot be written: no such folder")

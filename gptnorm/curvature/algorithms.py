@@ -14,7 +14,7 @@ $r^2 / \text{gap}$ (Parlett, The Symmetric Eigenvalue Problem, section 11.7). Ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,9 +217,10 @@ class Density:
     weights: Tensor
     """Of each, (probes, steps); a row sums to 1."""
 
-    def moment(self, power: int) -> tuple[float, float | None]:
-        """The mean of λ^power over the spectrum, and its standard error over probes; None from one probe."""
-        return _mean_and_error((self.weights * self.values**power).sum(1).tolist())
+    def mean(self, f: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """The mean of f(λ) over the spectrum, and its standard error over probes: nan from one probe."""
+        value, error = _mean_and_error((self.weights * f(self.values)).sum(1).tolist())
+        return value, math.nan if error is None else error
 
     def on_grid(self, grid: Tensor, width: float) -> Tensor:
         """The density at each point of a grid, each eigenvalue a Gaussian of that standard deviation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gptnorm.curvature.activation import SlotLoss
 from gptnorm.curvature.adam import preconditioner, stability_threshold, updated_by_adam
-from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos
+from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos, spectral_density
 from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss
 from gptnorm.curvature.operators import Operator, Scaled
@@ -20,6 +21,12 @@ from gptnorm.train.optim import Optimizers
 
 PROBES = 30
 """Products for a trace."""
+
+SPECTRUM_PROBES, SPECTRUM_STEPS = 4, 40
+"""Random vectors for a spectrum, and products for each."""
+
+LARGE = 0.1
+"""Part of the largest modulus above which an eigenvalue is one of the large ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,23 @@ class AdamReading:
     threshold: float | None
     """What it would be at most, were the loss quadratic and the rate stable; None: at the end of a schedule that falls
     to 0 there is no next update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumReading:
+    """How the Hessian's eigenvalues λ are distributed; each number with its standard error over random vectors."""
+
+    values: list[list[float]]
+    """Points of the distribution, for each random vector; see `Density`."""
+    weights: list[list[float]]
+    """Of each point; they sum to 1."""
+    mean: tuple[float, float]
+    rms: tuple[float, float]
+    """√(mean λ²)."""
+    above: tuple[float, float]
+    """How many λ are above `LARGE` of the largest modulus."""
+    below: tuple[float, float]
+    """How many are below minus that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +180,33 @@ def measure_sharpness(
             products=largest.products + trace.products,
             difference=difference,
         )
+
+
+def measure_spectrum(
+    model: GPT, batches: Sequence[Tensor], names: Sequence[str], *, say: Say = print
+) -> SpectrumReading:
+    """Arguments as of `measure_sharpness`, which has to have found the products right."""
+    say("spectrum of the Hessian")
+    loss = LanguageLoss(model, batches, names)
+    with loss.measuring():
+        hessian = loss.hessian()
+        density = spectral_density(hessian, steps=SPECTRUM_STEPS, probes=SPECTRUM_PROBES)
+    limit, size = LARGE * float(density.values.abs().max()), hessian.space.size
+
+    def count(chosen: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        share, error = density.mean(lambda x: chosen(x).to(x.dtype))
+        return size * share, size * error
+
+    mean, square = density.mean(lambda x: x), density.mean(lambda x: x**2)
+    rms = math.sqrt(square[0])
+    return SpectrumReading(
+        values=density.values.tolist(),
+        weights=density.weights.tolist(),
+        mean=mean,
+        rms=(rms, square[1] / (2 * rms) if rms else 0.0),
+        above=count(lambda x: x > limit),
+        below=count(lambda x: x < -limit),
+    )
 
 
 def measure_adam(

@@ -32,9 +32,20 @@ def ask(monkeypatch, capsys):
 
 def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
     path = tmp_path / "c.json"
-    code, out, _ = ask(recipe, "--what", "sharpness,weights,slots", "--json", path, "--dtype", "fp64")
+    page = tmp_path / "c.html"
+    code, out, _ = ask(recipe, "--what", "sharpness,weights,slots,spectrum", "--json", path, "--report", page)
     assert code == 0
-    for words in ("Sharpness", "Weights, each by itself", "Slots", "λ_max G", "blocks.0.attn.q", "H = L + C"):
+    assert "Spectrum of H" in page.read_text(encoding="utf-8")
+    for words in (
+        "Sharpness",
+        "Weights, each by itself",
+        "Slots",
+        "λ_max G",
+        "blocks.0.attn.q",
+        "H = L + C",
+        "residual",
+        "λ > 0.1",
+    ):
         assert words in out
     record = json.loads(path.read_text())
     (reading,) = record["readings"]
@@ -50,6 +61,14 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
         assert row["scale_free"] == pytest.approx(row["rms"] ** 2 * hessian)
         assert row["difference"] < 1e-4
         assert row["token"] == 8
+    spectrum = reading["spectrum"]
+    assert spectrum["mean"][0] * reading["sharpness"]["parameters"] == pytest.approx(
+        reading["sharpness"]["trace"],
+        abs=4 * (spectrum["mean"][1] * reading["sharpness"]["parameters"] + reading["sharpness"]["trace_error"]),
+    ), "two estimates of one trace"
+    ends = [reading["sharpness"][end]["value"] for end in ("smallest", "largest")]
+    points = [value for row in spectrum["values"] for value in row]
+    assert (min(points), max(points)) == (pytest.approx(ends[0], rel=1e-3), pytest.approx(ends[1], rel=1e-3))
     again = tmp_path / "again.json"
     ask(recipe, "--what", "sharpness,weights,slots", "--json", again, "--dtype", "fp64", "--rows", 1)
     (other,) = json.loads(again.read_text())["readings"]
@@ -60,7 +79,8 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
 def test_slots_that_are_used_twice_are_left_out(ask, recipe):
     code, out, _ = ask(recipe, "model.strategy=ngpt")
     assert code == 0
-    assert "blocks.0.attn.q_norm" in out
+    assert "Slots of blocks.0" in out
+    assert "attn.q_norm" in out
     assert "own.unit" not in out
 
 
@@ -119,7 +139,7 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--what", "all"], "--what = 'all': must be of sharpness, adam, weights, slots"),
+        (["--what", "all"], "--what = 'all': must be of sharpness, adam, weights, slots, spectrum"),
         (["--what", "adam"], "--what = 'adam': needs a checkpoint of a run"),
         (["--part", "blocks.7"], "--part = 'blocks.7'"),
         (["--slot", "up"], "--slot = 'up': no such slot; there are blocks.0.attn.q"),
@@ -127,6 +147,7 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
         (["--step", "3"], "--step = 3: needs a run folder"),
         (["--step", "x"], "--step = 'x'"),
         (["--json", "nowhere/c.json"], "--json"),
+        (["--report", "nowhere/c.html"], "--report = 'nowhere/c.html': cannot be written: no such folder"),
         (["model.strategy=foo"], "model.strategy"),
     ],
 )
