@@ -30,7 +30,7 @@ MEASURED = (
     "fp64",
     "--tolerance",
     "1e-2",
-    "train.batch_size=8",
+    "train.batch_size=4",
 )
 
 
