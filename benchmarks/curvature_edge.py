@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curvature_runs import Subject, load, measure
+from curvature_runs import Subject, header, load, measure, row
 
 from gptnorm.curvature.adam import stability_threshold
 from gptnorm.report.format import lr_text, short_text
@@ -47,6 +47,7 @@ def subject(strategy: str, rate: float, kind: str) -> Subject:
         seed=0,
         settings=(f"optim.lr={rate!r}", "checkpoint.every=20", "checkpoint.keep=100"),
         measured=MEASURED,
+        run=f"{strategy}-{kind}",
         name=f"{strategy}-{kind}",
     )
 
@@ -57,25 +58,25 @@ def write(results: Path, edges: dict[str, float]) -> str:
     low = load(readings, [f"{name}-low" for name in edges])
     at_edge = load(readings, [f"{name}-edge" for name in edges])
     known = [name for name in edges if f"{name}-low" in low]
-    lines = ["**Predicted and measured edge**\n", _header(["strategy", "largest stable rate", *_predictors()])]
+    lines = ["**Predicted and measured edge**\n", header(["strategy", "largest stable rate", *_predictors()])]
     for name in sorted(known, key=edges.__getitem__):
         cells = [short_text(edges[name])] + [short_text(p(low[f"{name}-low"])) for p in _predictors().values()]
-        lines.append(_row([name.replace("_", r"\_"), *cells]))
+        lines.append(row([name.replace("_", r"\_"), *cells]))
     lines += [
         "\n**How well they agree**\n",
-        _header(["predictor", "rank correlation", "p", "median predicted / measured"]),
+        header(["predictor", "rank correlation", "p", "median predicted / measured"]),
     ]
     for label, predict in _predictors().items():
         pairs = [(edges[name], predict(low[f"{name}-low"])) for name in known]
         rho = spearman(pairs)
         ratio = sorted(b / a for a, b in pairs)[len(pairs) // 2]
-        lines.append(_row([label, f"{rho:+.2f}", f"{chance(pairs, rho):.2g}", f"{ratio:.2g}"]))
+        lines.append(row([label, f"{rho:+.2f}", f"{chance(pairs, rho):.2g}", f"{ratio:.2g}"]))
     lines += ["\n**λ_max as AdamW sees it over its threshold, at the own largest stable rate**\n"]
-    lines.append(_header(["strategy", "rate", *(f"step {step}" for step in STEPS[1:])]))
+    lines.append(header(["strategy", "rate", *(f"step {step}" for step in STEPS[1:])]))
     for name in sorted(edges, key=edges.__getitem__):
         if (found := at_edge.get(f"{name}-edge")) is not None:
             shares = [f"{share(found, step):.2f}" for step in STEPS[1:]]
-            lines.append(_row([name.replace("_", r"\_"), lr_text(float(f"{edges[name]:.3g}")), *shares]))
+            lines.append(row([name.replace("_", r"\_"), lr_text(float(f"{edges[name]:.3g}")), *shares]))
     return "\n".join(lines) + "\n"
 
 
@@ -127,14 +128,6 @@ def chance(pairs: Sequence[tuple[float, float]], rho: float) -> float:
         generator.shuffle(y)
         hits += abs(spearman(list(zip(x, y, strict=True)))) >= abs(rho) - 1e-12
     return (hits + 1) / (PERMUTATIONS + 1)
-
-
-def _header(columns: Sequence[str]) -> str:
-    return f"{_row(columns)}\n|:--{'|--:' * (len(columns) - 1)}|"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -31,11 +31,14 @@ class Subject:
     """Of the run, beside its seed."""
     measured: tuple[str, ...]
     """Arguments of `gptnorm curvature`."""
+    run: str
+    """Its folder's name; of several subjects with one run, the first trains it."""
     name: str
+    """Of its reading."""
 
     def commands(self, runs: Path, reading: Path) -> list[list[str]]:
         """What makes its reading."""
-        run = runs / self.name
+        run = runs / self.run
         train = ["train", self.recipe, f"seed={self.seed}", *self.settings, f"run.dir={run}"]
         return [train, ["curvature", str(run), *self.measured, "--json", str(reading)]]
 
@@ -47,7 +50,7 @@ def measure(subjects: Iterable[Subject], runs: Path, readings: Path) -> None:
 
     def one(subject: Subject) -> None:
         for command in subject.commands(runs, readings / f"{subject.name}.json"):
-            if command[0] == "train" and (runs / subject.name / "status.json").exists():
+            if command[0] == "train" and (runs / subject.run / "status.json").exists():
                 continue
             line, one_thread = [sys.executable, "-c", COMMAND, *command], {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(line, env=one_thread, capture_output=True, check=False)
@@ -64,3 +67,12 @@ def load(readings: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The readings that there are, by name."""
     paths = {name: readings / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def header(columns: Sequence[str], words: int = 1) -> str:
+    """Of a Markdown table whose first columns hold text."""
+    return f"{row(columns)}\n{'|:--' * words}{'|--:' * (len(columns) - words)}|"
+
+
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
