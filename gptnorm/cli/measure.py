@@ -110,7 +110,12 @@ def evaluate(
 )
 @click.option("--part", default="all", show_default=True, help="Whose parameters: all, blocks.2, blocks.0.attn.q, ….")
 @click.option("--slot", "slots", metavar="NAME", multiple=True, help="Default: all of the middle block.")
-@click.option("--token", type=click.IntRange(min=0), help="Position whose activation is the variable.")
+@click.option(
+    "--token",
+    default="middle",
+    show_default=True,
+    help="Position whose activation is the variable; all: the sequence's.",
+)
 @click.option("--rows", type=click.IntRange(min=1), help="Sequences in memory at once; default: all of the batch.")
 @click.option(
     "--dtype", type=click.Choice(["fp64", "fp32"]), default="fp64", show_default=True, help="fp32: half the memory."
@@ -132,7 +137,7 @@ def curvature(
     what: str,
     part: str,
     slots: tuple[str, ...],
-    token: int | None,
+    token: str,
     rows: int | None,
     dtype: Literal["fp32", "fp64"],
     tolerance: float,
@@ -145,7 +150,7 @@ def curvature(
     RECIPE is measured at initialisation, RUN (a run folder) at its checkpoints, on the first training batch. KEY=VALUE
     as in 'gptnorm train'; for a run only what concerns the batch, such as train.batch_size=4. See docs/curvature.md.
     """
-    from gptnorm.curvature.command import parse_steps, parse_what, run_curvature
+    from gptnorm.curvature.command import parse_steps, parse_token, parse_what, run_curvature
     from gptnorm.curvature.show import print_curvature
     from gptnorm.probe.show import dump
     from gptnorm.report.curvature_page import curvature_page
@@ -159,7 +164,7 @@ def curvature(
         what=parse_what(what),
         part=part,
         slots=slots,
-        token=token,
+        token=parse_token(token),
         rows=rows,
         dtype=dtype,
         tolerance=tolerance,

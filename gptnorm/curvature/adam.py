@@ -44,6 +44,25 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
     return torch.cat([found[id(leaf)].reshape(-1).to(leaf) for leaf in leaves])
 
 
+def next_update(optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    r"""What AdamW would subtract at rate 1, given gradients: $f\, \hat m / (\sqrt{\hat v} + \epsilon)$ with the moments
+    that hold them, without weight decay. The optimizers stay as they are.
+
+    Args:
+        leaves: AdamW's, updated before.
+        gradients: of each, clipped as training would.
+    """
+    groups = {id(parameter): group for group in optimizers.param_groups for parameter in group["params"]}
+    found = []
+    for leaf, g in zip(leaves, gradients, strict=True):
+        group, state = groups[id(leaf)], optimizers.state[leaf]
+        (beta1, beta2), step = group["betas"], float(state["step"]) + 1
+        m = state["exp_avg"].lerp(g, 1 - beta1) / (1 - beta1**step)
+        v = state["exp_avg_sq"].lerp(g.square(), 1 - beta2) / (1 - beta2**step)
+        found.append(group["lr_factor"] * m / (v.sqrt() + group["eps"]))
+    return found
+
+
 def _inverse_root(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     _, beta2 = group["betas"]
     second = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import Tensor
@@ -86,7 +86,7 @@ def run_curvature(
     what: Sequence[str],
     part: str,
     slots: Sequence[str],
-    token: int | None,
+    token: int | Literal["all", "middle"],
     rows: int | None,
     dtype: DTypeName,
     tolerance: float,
@@ -101,7 +101,7 @@ def run_curvature(
         what: of `WHAT`.
         part: whose parameters; see `parameters_of`.
         slots: names; none: those of the middle block.
-        token: position whose x is the variable; None: the middle one.
+        token: position whose x is the variable, or the whole sequence.
         rows: sequences in memory at once; None: all of the batch.
         tolerance, most: of eigenvalues; see `lanczos`.
 
@@ -125,7 +125,7 @@ def run_curvature(
             source = open_source(name, config, folder, step=step, dtype=dtype)
             model, tokens = source.model, source.tokens
             names = parameters_of(model, part)
-            position = middle(tokens) if token is None else token
+            position = {"middle": middle(tokens), "all": None}[token] if isinstance(token, str) else token
             batches = list(tokens.split(rows or len(tokens)))
             middle_block = [slot for slot in slots_of(model) if slot.startswith(_middle_block(model))]
             chosen = list(slots) or used_once(model, tokens[0], middle_block)
@@ -155,7 +155,7 @@ def _adam(source: Source, batches: Sequence[Tensor], names: Sequence[str], **how
     assert source.checkpoint is not None
     optimizers = read_optimizers(source.checkpoint, source.model, config.optim)
     lr = config.optim.lr * lr_factor(source.step, config.train.steps, config.optim)
-    return measure_adam(source.model, batches, names, optimizers, lr=lr, beta1=config.optim.betas[0], **how)
+    return measure_adam(source.model, batches, names, optimizers, lr=lr, config=config.optim, **how)
 
 
 def parse_steps(text: str | None) -> list[int | None]:
@@ -166,6 +166,17 @@ def parse_steps(text: str | None) -> list[int | None]:
     if not all(part.isdecimal() for part in parts):
         raise bad_value("--step", text, "must be whole numbers of steps with commas between, such as 0,100,400")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def parse_token(text: str) -> int | Literal["all", "middle"]:
+    """A position, or which."""
+    if text == "all":
+        return "all"
+    if text == "middle":
+        return "middle"
+    if not text.isdecimal():
+        raise bad_value("--token", text, "must be a position of the sequence, middle or all")
+    return int(text)
 
 
 def parse_what(text: str) -> list[str]:

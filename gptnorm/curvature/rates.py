@@ -9,8 +9,11 @@ Source: Kalra et al. 2025 (critical sharpness); the bracketing is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +71,27 @@ def critical_rate(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)
     return CriticalRate(low=low, high=high, passes=passes)
+
+
+def critical_rate_along(
+    loss: Callable[[], float], leaves: Sequence[Tensor], update: Sequence[Tensor], start: float
+) -> CriticalRate:
+    """Of steps that subtract a multiple of the update from the leaves, which are as they were afterwards, bit by bit.
+
+    Args:
+        loss: of the leaves as they are.
+        start: as for `critical_rate`.
+    """
+    before = [leaf.detach().clone() for leaf in leaves]
+
+    def loss_at(rate: float) -> float:
+        with torch.no_grad():
+            for leaf, old, u in zip(leaves, before, update, strict=True):
+                leaf.data.copy_(old - rate * u)
+        return loss()
+
+    try:
+        return critical_rate(loss_at, start)
+    finally:
+        for leaf, old in zip(leaves, before, strict=True):
+            leaf.data.copy_(old)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gptnorm.config import OptimConfig
 from gptnorm.curvature.activation import SlotLoss
-from gptnorm.curvature.adam import preconditioner, stability_threshold, updated_by_adam
+from gptnorm.curvature.adam import next_update, preconditioner, stability_threshold, updated_by_adam
 from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos, spectral_density
 from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss
 from gptnorm.curvature.operators import Operator, Scaled
+from gptnorm.curvature.rates import CriticalRate, critical_rate_along
 from gptnorm.errors import bad_value
 from gptnorm.model import GPT
 from gptnorm.model.router import frozen_routing
@@ -79,6 +81,8 @@ class AdamReading:
     threshold: float | None
     """What it would be at most, were the loss quadratic and the rate stable; None: at the end of a schedule that falls
     to 0 there is no next update."""
+    critical: CriticalRate
+    """Along the update that it would make on these tokens, without weight decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +121,11 @@ class WeightReading:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotReading:
-    """Of what one slot reads at one token; spectral norms."""
+    """Of what one slot reads at one token, or over the whole sequence; spectral norms."""
 
     name: str
-    token: int
+    token: int | None
+    """None: the whole sequence."""
     rms: float
     """Of x."""
     hessian: Extreme
@@ -216,12 +221,15 @@ def measure_adam(
     optimizers: Optimizers,
     *,
     lr: float,
-    beta1: float,
+    config: OptimConfig,
     tolerance: float,
     most: int,
     say: Say = print,
 ) -> AdamReading:
-    """The preconditioned Hessian at the rate of the next update; other arguments as of `measure_sharpness`.
+    """The preconditioned Hessian, and how large an update the loss bears; other arguments as of `measure_sharpness`.
+
+    Args:
+        lr: of the next update.
 
     Raises:
         UserError: AdamW updates none of the parameters.
@@ -230,15 +238,22 @@ def measure_adam(
     own = updated_by_adam(optimizers, model, names)
     if not own:
         raise bad_value("--what", "adam", "AdamW updates no parameter of --part")
-    loss = LanguageLoss(model, batches, own)
+    whole, loss = LanguageLoss(model, batches), LanguageLoss(model, batches, own)
+    with whole.measuring():
+        norm = float(whole.gradient().norm())
     with loss.measuring():
         seen = Scaled(loss.hessian(), preconditioner(optimizers, loss.leaves))
         (largest,), _ = lanczos(seen, tolerance=tolerance, most=most)
+        say("critical rate")
+        clipped = loss.gradient() * (min(1.0, config.clip / norm) if config.clip and norm else 1.0)
+        update = next_update(optimizers, loss.leaves, seen.space.split(clipped))
+        critical = critical_rate_along(loss.value, loss.leaves, update, lr or config.lr)
     return AdamReading(
         parameters=seen.space.size,
         lr=lr,
         largest=Extreme.of(largest),
-        threshold=stability_threshold(lr, beta1) if lr > 0 else None,
+        threshold=stability_threshold(lr, config.betas[0]) if lr > 0 else None,
+        critical=critical,
     )
 
 
@@ -259,9 +274,16 @@ def measure_weights(
 
 
 def measure_slots(
-    model: GPT, tokens: Tensor, slots: Sequence[str], token: int, *, tolerance: float, most: int, say: Say = print
+    model: GPT,
+    tokens: Tensor,
+    slots: Sequence[str],
+    token: int | None,
+    *,
+    tolerance: float,
+    most: int,
+    say: Say = print,
 ) -> list[SlotReading]:
-    """Each slot at one token of one sequence (T + 1,), the other tokens fixed."""
+    """Each slot at one token of one sequence (T + 1,), the other tokens fixed; or at all of them (None)."""
     found = []
     for name in slots:
         say(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,16 +97,27 @@ def _adam(entries: Entries, tolerance: float) -> Sheet:
         if a["threshold"] is not None:
             limit = [number_text(a["threshold"]), f"{a['largest']['value'] / a['threshold']:.2f}"]
         rate = short_text(a["lr"]) if a["lr"] else "0"
-        rows.append([step, rate, *_ends([a["largest"]], tolerance), _residual([a["largest"]]), *limit])
+        seen = [*_ends([a["largest"]], tolerance), _residual([a["largest"]])]
+        rows.append([step, rate, *seen, *limit, _critical(a["critical"])])
     return Sheet(
         title="As AdamW sees it",
-        head=["step", "rate", "λ_max P^-½ H P^-½", "residual", "threshold", "of the threshold"],
+        head=["step", "rate", "λ_max P^-½ H P^-½", "residual", "threshold", "share", "critical rate"],
         rows=rows,
         notes=[
             "P: AdamW's √v̂ + ε over the group's factor of the rate. Above the threshold, (2 + 2β₁) / ((1 - β₁) rate), "
-            "a quadratic loss is unstable with P held still."
+            "a quadratic loss is unstable with P held still; share: λ_max over it.",
+            "critical rate: the smallest at which the update that AdamW would make on these tokens, without weight "
+            "decay, does not lower their loss; from forward passes.",
         ],
     )
+
+
+def _critical(found: dict[str, float | None]) -> str:
+    """The middle of the bracket, or what is known of it."""
+    low, high = found["low"] or 0.0, found["high"]
+    if high is None:
+        return f"> {short_text(low)}"
+    return short_text(math.sqrt(low * high)) if low else f"< {short_text(high)}"
 
 
 def _spectrum(entries: Entries, tolerance: float) -> Sheet:
@@ -140,13 +152,14 @@ def _slots(entries: Entries, tolerance: float) -> Sheet:
             residual = _residual(*([part] for part in parts))
             rows.append([step, s["name"].removeprefix(block), number_text(s["rms"]), *norms, residual, ratio, scaled])
     token = entries[0][1][0]["token"]
+    where = "over the whole of the first sequence" if token is None else f"at token {token} of the first sequence"
     return Sheet(
         title=f"Slots of {block.removesuffix('.')}" if block else "Slots",
         head=["step", "slot", "RMS(x)", "‖H‖", "‖L‖", "‖C‖", "residual", "‖C‖/‖L‖", "scaled"],
         rows=rows,
         notes=[
-            f"Slots: spectral norms in what each reads at token {token} of the first sequence; H = L + C, L the "
-            "Gauss-Newton part, C the curvature of what follows the linear map. scaled: RMS(x)² ‖H‖."
+            f"Slots: spectral norms in what each reads {where}; H = L + C, L the Gauss-Newton part, C the curvature of "
+            "what follows the linear map. scaled: RMS(x)² ‖H‖."
         ],
         words=frozenset({"slot"}),
     )

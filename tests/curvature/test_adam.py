@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptnorm.curvature import Hessian, Scaled, lanczos
-from gptnorm.curvature.adam import preconditioner, stability_threshold
+from gptnorm.curvature.adam import next_update, preconditioner, stability_threshold
+from gptnorm.curvature.rates import critical_rate_along
 from gptnorm.errors import UserError
 from gptnorm.train.optim import Optimizers
 
@@ -65,3 +66,39 @@ def test_a_parameter_without_moments_is_refused():
     optimizers.prime()
     with pytest.raises(UserError, match="no second moments"):
         preconditioner(optimizers, [w])
+
+
+def test_the_next_update_is_the_one_that_adamw_makes():
+    generator = torch.Generator().manual_seed(0)
+    w, u = (torch.randn(n, dtype=torch.float64, generator=generator).requires_grad_() for n in (4, 3))
+    groups = [{"params": [w], "lr_factor": 1.0}, {"params": [u], "lr_factor": 0.25}]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.0)
+    optimizers = Optimizers([adam])
+    optimizers.set_lr(0.1)
+    for _ in range(4):
+        gradients = [torch.randn(len(leaf), dtype=torch.float64, generator=generator) for leaf in (w, u)]
+        if adam.state:
+            expected = next_update(optimizers, [w, u], gradients)
+        before = [leaf.detach().clone() for leaf in (w, u)]
+        w.grad, u.grad = gradients
+        optimizers.step()
+    for old, leaf, update in zip(before, (w, u), expected, strict=True):
+        assert ((old - leaf.detach()) / 0.1).tolist() == pytest.approx(update.tolist(), rel=1e-9)
+
+
+def test_the_critical_rate_of_a_quadratic_loss():
+    """ℓ(w - η u) = ℓ(w) at η = 2 uᵀ∇ℓ / uᵀ A u."""
+    a, w = quadratic(), torch.linspace(-1, 1, 6, dtype=torch.float64, requires_grad=True)
+    update = (a @ w).detach().sign()
+
+    def loss():
+        return float((0.5 * w @ a @ w).detach())
+
+    before = w.detach().clone()
+    found = critical_rate_along(loss, [w], [update], 1e-4)
+    exact = float(2 * update @ a @ before / (update @ a @ update))
+    assert found.high is not None
+    assert found.low <= exact <= found.high < 1.06 * found.low
+    assert torch.equal(w.detach(), before)
+    uphill = critical_rate_along(loss, [w], [-update], 1e-4)
+    assert (uphill.low, uphill.high is None) == (0.0, False)

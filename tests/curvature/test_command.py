@@ -123,6 +123,7 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     assert adam["parameters"] == 16 * 16
     assert adam["largest"]["value"] == pytest.approx(by_hand(run), rel=1e-3)
     config = RunFolder.open(run).config()
+    assert adam["critical"]["low"] > 0
     assert adam["lr"] == config.optim.lr * lr_factor(6, 6, config.optim)
     code, out, _ = ask(run, "--step", "0,3", "--what", "adam", "--part", "blocks.0.attn.q", "--json", path)
     assert code == 0
@@ -130,8 +131,15 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     code, out, err = ask(run, "--step", "0", "--what", "adam")
     assert code == 2
     assert "needs a checkpoint" in err
+    code, out, _ = ask(run, "--slot", "blocks.0.attn.o", "--token", "all", "--json", path)
+    assert code == 0
+    assert "over the whole of the first sequence" in out.replace("\n", " ")
+    (whole,) = json.loads(path.read_text())["readings"][0]["slots"]
     code, *_ = ask(run, "--slot", "blocks.0.attn.o", "--token", "0", "--json", path)
     assert code == 0
+    (one,) = json.loads(path.read_text())["readings"][0]["slots"]
+    assert (whole["token"], one["token"]) == (None, 0)
+    assert one["hessian"]["value"] <= whole["hessian"]["value"] * (1 + 1e-3), "a block of the whole"
     (reading,) = json.loads(path.read_text())["readings"]
     assert (reading["step"], [row["name"] for row in reading["slots"]]) == (6, ["blocks.0.attn.o"])
 
@@ -144,6 +152,7 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
         (["--part", "blocks.7"], "--part = 'blocks.7'"),
         (["--slot", "up"], "--slot = 'up': no such slot; there are blocks.0.attn.q"),
         (["--token", "16"], "--token = 16: must be 0 … 15"),
+        (["--token", "last"], "--token = 'last': must be a position of the sequence, middle or all"),
         (["--step", "3"], "--step = 3: needs a run folder"),
         (["--step", "x"], "--step = 'x'"),
         (["--json", "nowhere/c.json"], "--json"),

@@ -85,7 +85,8 @@ def write(tmp_path: Path, value: dict[str, Any]) -> Page:
 
 
 def test_a_run_at_several_steps(tmp_path: Path) -> None:
-    adam = {"parameters": 5, "lr": 1e-2, "largest": extreme(950.0), "threshold": 3800.0}
+    critical = {"low": 0.04, "high": 0.09, "passes": 12}
+    adam = {"parameters": 5, "lr": 1e-2, "largest": extreme(950.0), "threshold": 3800.0, "critical": critical}
     readings = [reading(0), reading(50, adam=adam), reading(1200, adam=adam | {"lr": 0.0, "threshold": None})]
     page = write(tmp_path, record(*readings))
     assert all(load.startswith("#") or "url(#" in load for load in page.loads)
