@@ -89,11 +89,19 @@ def _predictors() -> dict[str, Callable[[dict[str, Any]], float]]:
 
         return predict
 
+    def by_passes(step: int) -> Callable[[dict[str, Any]], float]:
+        def predict(record: dict[str, Any]) -> float:
+            found = at(record, step)["adam"]["critical"]
+            return math.sqrt(found["low"] * found["high"]) if found["high"] else math.inf
+
+        return predict
+
     def by_sharpness(record: dict[str, Any]) -> float:
         return 2 / at(record, 0)["sharpness"]["largest"]["value"]
 
     seen = {f"(2 + 2β₁) / ((1 - β₁) λ_P), step {step}": by_adam(step) for step in STEPS[1:]}
-    return {**seen, "2 / λ_max, initialisation": by_sharpness}
+    passes = {f"critical rate, step {step}": by_passes(step) for step in STEPS[1:]}
+    return {**seen, **passes, "2 / λ_max, initialisation": by_sharpness}
 
 
 def at(record: dict[str, Any], step: int) -> dict[str, Any]:
