@@ -164,7 +164,7 @@ def curvature(
         write("--json", json_path, dump(found.record()))
 
 
-def refuse_missing_folder(json_path: Path | None) -> None:
+def refuse_missing_folder(path: Path | None, option: str = "--json") -> None:
     """What takes long is not to fail at its end."""
-    if json_path is not None and not json_path.parent.is_dir():
-        raise bad_value("--json", str(json_path), "cannot be written: no such folder")
+    if path is not None and not path.parent.is_dir():
+        raise bad_value(option, str(path), "cannot be written: no such folder")

@@ -3,7 +3,8 @@ r"""Closed forms for RMSNorm after a linear map, to check against: simplegpt.md 
 With z = Wx, s = √(‖z‖²/d + ε), D = diag(γ), g = ∂ℓ/∂y, b = D g:
 
 $$J = \tfrac1s D \left(I - \tfrac{z z^\top}{d s^2}\right) W, \qquad L = J^\top H_{yy} J,$$
-$$C = -\tfrac{1}{d s^3} W^\top \left[ b z^\top + z b^\top + (b \cdot z) I - 3 (b \cdot z) \tfrac{z z^\top}{d s^2} \right] W.$$
+$$C = -\tfrac{1}{d s^3} W^\top
+\left[ b z^\top + z b^\top + (b \cdot z) I - 3 (b \cdot z) \tfrac{z z^\top}{d s^2} \right] W.$$
 
 Without ε, with r = ‖z‖, u = z/r and P = I - u uᵀ, the second is $-(\sqrt d / r^2)\, W^\top M W$ with the bracket
 $M = (P b) u^\top + u (P b)^\top + (u \cdot b) P$.
@@ -16,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from gptnorm.curvature.algorithms import power_iteration
 from gptnorm.curvature.operators import Operator
+from gptnorm.curvature.reading import spectral_norm
 from gptnorm.curvature.vectors import Space
 
 
@@ -65,5 +66,5 @@ def estimated_ratio(z: Tensor, gain: Tensor, g: Tensor, hyy: Operator, *, tolera
     With κ the condition number of W, ‖C‖ / ‖L‖ is at most (2/√3) κ² times this.
     """
     projected = ProjectedHessian(hyy, z / z.norm(), gain)
-    largest = abs(power_iteration(projected, tolerance=tolerance, most=400).value)
+    largest = spectral_norm(projected, tolerance=tolerance, most=400).value
     return float((gain * g).norm()) / (math.sqrt(len(z)) * largest)

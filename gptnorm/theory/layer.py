@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from gptnorm.curvature.activation import SlotGaussNewton
 from gptnorm.curvature.operators import Hessian, Jacobian, Operator
 from gptnorm.curvature.vectors import Space
 from gptnorm.norms import AfterModule, DynamicTanh, Frozen, FrozenModule, Norm, calibration
+
+NormName = Literal["rmsnorm", "layernorm", "np_layernorm", "l2"]
+"""The kinds of `gptnorm.norms.Norm`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

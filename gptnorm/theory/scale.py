@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from gptnorm.study.measures import mean_of
 from gptnorm.theory import draws
 from gptnorm.theory.finding import Finding, Table, verdict_of
 from gptnorm.theory.fits import exponent
-from gptnorm.theory.layer import Layer, build, dense, norm
+from gptnorm.theory.layer import Layer, NormName, build, dense, norm
 from gptnorm.theory.losses import Quadratic, softmax_head
 
 OUT, IN, VOCAB = 10, 6, 64
@@ -33,8 +33,6 @@ FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 EPS = 1e-5
 """The published ε."""
-
-NormName = Literal["rmsnorm", "layernorm", "np_layernorm", "l2"]
 
 EXACT = 1e-9
 """Relative change up to which a matrix counts as unchanged in fp64."""
@@ -132,8 +130,12 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
     """Args:
     norms: what is claimed to be of degree 0.
     """
-    exact = {kind: [sweep(layer(s, make(s, 0.0)), layer(s, make(s, 0.0))) for s in seeds] for kind, make in norms.items()}
-    with_eps = {kind: [sweep(layer(s, make(s, EPS)), layer(s, make(s, 0.0))) for s in seeds] for kind, make in norms.items()}
+    exact = {
+        kind: [sweep(layer(s, make(s, 0.0)), layer(s, make(s, 0.0))) for s in seeds] for kind, make in norms.items()
+    }
+    with_eps = {
+        kind: [sweep(layer(s, make(s, EPS)), layer(s, make(s, 0.0))) for s in seeds] for kind, make in norms.items()
+    }
     bare = {
         QUADRATIC: [layer(s, None, quadratic=True) for s in seeds],
         SOFTMAX: [layer(s, None) for s in seeds],
@@ -143,16 +145,14 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
 
     worst = {kind: _worst(sweeps) for kind, sweeps in exact.items()}
     quadratic = max(
-        abs(one.exponent(part) - wanted)
-        for one in others[QUADRATIC]
-        for part, wanted in (("H", 2.0), ("W", 0.0))
+        abs(one.exponent(part) - wanted) for one in others[QUADRATIC] for part, wanted in (("H", 2.0), ("W", 0.0))
     )
     held = {**{kind: change <= EXACT for kind, change in worst.items()}, "c²": quadratic <= EXACT}
     rows = [
         *(_row(kind, "0", sweeps) for kind, sweeps in exact.items()),
         *(_row(kind, f"{EPS:g}", sweeps) for kind, sweeps in with_eps.items()),
-        *(_row(name, "", sweeps)[:-1] + [None] for name, sweeps in others.items()),
-        _row(f"{SOFTMAX}, c ≤ {FACTORS[SMALL - 1]:g}", "", others[SOFTMAX], SMALL)[:-1] + [None],
+        *([*_row(name, "", sweeps)[:-1], None] for name, sweeps in others.items()),
+        [*_row(f"{SOFTMAX}, c ≤ {FACTORS[SMALL - 1]:g}", "", others[SOFTMAX], SMALL)[:-1], None],
     ]
     over_c = {kind: _largest(sweeps) for kind, sweeps in with_eps.items()}
     first = next(iter(norms))
@@ -170,7 +170,8 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
     return Finding(
         name="scale",
         title="Scale of the weight",
-        claim="Under W → cW a norm after the map leaves L, C and H in x as they are and gives H in vec(W) 1/c², where a "
+        claim="Under W → cW a norm after the map leaves L, C and H in x as they are and gives H in vec(W) 1/c², "
+        "where a "
         "bare linear map has c² and c⁰.",
         source="SimpleGPT, theorem 4.2 as summarised; identities 1, 2 and 4 of our notes on it",
         verdict=verdict_of(list(held.values())),
@@ -212,20 +213,24 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
                     **{f"{kind}, ε {EPS:g}": changes for kind, changes in over_c.items()},
                     f"{first}, ε 0": _largest(exact[first]),
                 },
-                alt=f"Largest relative change over c with ε {EPS:g}: it rises as c falls. The numbers are in the table.",
+                alt=f"Largest relative change over c with ε {EPS:g}: it rises as c falls. The numbers are in the "
+                "table.",
                 log_x=True,
                 log_y=True,
             ),
         ],
         notes=[
             f"W is {OUT} × {IN} with entries of variance 1/{IN}, x standard normal: mean(z²) is about 1 at c = 1. "
-            f"Gains are uniform in 0.5 … 2, the softmax head has {VOCAB} tokens (entries of variance 1/d). The quadratic "
+            f"Gains are uniform in 0.5 … 2, the softmax head has {VOCAB} tokens (entries of variance 1/d). The "
+            "quadratic "
             "loss has ‖g‖ = 1 and H_yy = GGᵀ of a normal G, scaled to ‖H_yy‖ = 1; tanh has α = 1.",
             "Exponents: slope of the logarithm of a spectral norm on log c over all c, mean over seeds.",
-            "Largest change: of L, C, H and c² times H in vec(W), each relative to the spectral norm of its own at c = 1 "
+            "Largest change: of L, C, H and c² times H in vec(W), each relative to the spectral norm of its own at c "
+            "= 1 "
             "without ε; the largest of the four and of the seeds.",
             "Under another loss than a quadratic one H_yy moves with y, so that a bare map has no exponent: what is "
-            "fitted is a mean over four decades: c² while the logits are small, then the softmax saturates, and tanh too.",
+            "fitted is a mean over four decades: c² while the logits are small, then the softmax saturates, and tanh "
+            "too.",
         ],
         numbers={
             **{f"change.{kind}": change for kind, change in worst.items()},

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gptnorm.curvature.algorithms import power_iteration
 from gptnorm.curvature.operators import Operator
 from gptnorm.curvature.reading import spectral_norm
 from gptnorm.norms import Norm
@@ -32,7 +31,7 @@ from gptnorm.theory.closed import estimated_ratio
 from gptnorm.theory.finding import Cell, Finding, Table, verdict_of
 from gptnorm.theory.fits import exponent_over, holds_zero
 from gptnorm.theory.layer import Layer, build
-from gptnorm.theory.losses import Quadratic, sure_head, softmax_head
+from gptnorm.theory.losses import Quadratic, softmax_head, sure_head
 
 VOCAB = 4096
 TOLERANCE = 1e-4
@@ -91,7 +90,7 @@ def measure(one: Layer) -> Ratio:
         measured=C / L,
         estimated=estimated_ratio(one.z, torch.ones_like(one.z), g, hyy, tolerance=TOLERANCE),
         g=float(g.norm()),
-        hyy=abs(power_iteration(hyy, tolerance=TOLERANCE, most=400).value),
+        hyy=_norm(hyy),
     )
 
 
@@ -152,7 +151,8 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
                 x=widths,
                 lines={name: [one.value for one in row] for name, row in measured.items()},
                 ranges={name: [(one.low, one.high) for one in row] for name, row in measured.items()},
-                alt="Ratio of the spectral norms of C and L over width, a line for each regime, with 95 % intervals. The "
+                alt="Ratio of the spectral norms of C and L over width, a line for each regime, with 95 % intervals. "
+                "The "
                 "numbers are in the table.",
                 log_x=True,
                 log_y=True,
@@ -163,21 +163,26 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
                 x_label="width d",
                 x=widths,
                 lines={name: [one.value for one in _over_seeds(rows, "estimated")] for name, rows in found.items()},
-                alt="The estimate of the ratio over width, a line for each regime. The numbers are in the second table.",
+                alt="The estimate of the ratio over width, a line for each regime. The numbers are in the second "
+                "table.",
                 log_x=True,
                 log_y=True,
             ),
         ],
         notes=[
-            "W: d × d, entries of variance 1/d; x: standard normal; γ = 1; RMSNorm without ε. Spectral norms by Lanczos, "
+            "W: d × d, entries of variance 1/d; x: standard normal; γ = 1; RMSNorm without ε. Spectral norms by "
+            "Lanczos, "
             f"residuals below {TOLERANCE:g}.",
-            "A, B: quadratic loss, g of length 1 and √d in a random direction, H_yy = GGᵀ / ‖GGᵀ‖ of a square normal G. "
+            "A, B: quadratic loss, g of length 1 and √d in a random direction, H_yy = GGᵀ / ‖GGᵀ‖ of a square normal "
+            "G. "
             "With H_yy = I the constant is another, the exponent the same.",
             f"C: softmax over {VOCAB} tokens, entries of the head of variance 1/d, any of them the target. D: the same "
             "with 12 added to the logits of 8 tokens, one of them the target.",
-            "Means over seeds are geometric, with 95 % t-intervals of the logarithms. The exponent is the mean over seeds "
+            "Means over seeds are geometric, with 95 % t-intervals of the logarithms. The exponent is the mean over "
+            "seeds "
             "of each seed's slope of log ratio on log d.",
-            "Estimate: ‖b‖ / (√d ‖P D H_yy D P‖), b = γ ⊙ g, P the projection off u = z / ‖z‖: the sufficient condition "
+            "Estimate: ‖b‖ / (√d ‖P D H_yy D P‖), b = γ ⊙ g, P the projection off u = z / ‖z‖: the sufficient "
+            "condition "
             "of the notes without its κ(W)², which for a square normal W is of order d² and proves nothing.",
             "A regime falls if the interval of its exponent lies below 0; the claim holds if all fall.",
         ],
