@@ -19,6 +19,8 @@ from gptnorm.report.format import lr_text
 _WIDTH = 3.7
 _LOG_FROM = 12.0
 """Ratio of the largest to the smallest value from which a scale is logarithmic."""
+_LEAST_SPAN = 10.0
+"""Ratio of the ends of a logarithmic scale, at least."""
 _FLOOR = 1e-30
 """What is smaller stands for zero and has no place on a logarithmic scale."""
 
@@ -145,6 +147,10 @@ def _y_axis(axes: Axes, panel: Panel, log: bool) -> None:
     elif log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
+        if high / low < _LEAST_SPAN:
+            # What hardly moves is to look flat.
+            low, high = (math.sqrt(low * high) * factor for factor in (_LEAST_SPAN**-0.5, _LEAST_SPAN**0.5))
+            axes.set_ylim(low, high)
         decades = math.log10(high / low)
         # Two ticks a decade where there are few of them; written like every other number of the page.
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0) if decades < 3 else (1.0,), numticks=8))

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from gptnorm.report import page
-from gptnorm.report.format import duration_text, names_text, plural
+from gptnorm.report.format import duration_text, plural
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 from gptnorm.report.shared import environment_pairs
@@ -30,8 +30,8 @@ def theory_page(record: dict[str, Any]) -> str:
 
 def _subtitle(record: dict[str, Any]) -> str:
     verdicts = Counter(check["verdict"] for check in record["checks"])
-    told = [f"{count} {verdict}" for verdict, count in verdicts.items()]
-    return f"{plural(len(record['checks']), 'claim')}: {names_text(told)}"
+    told = [f"{verdict}: {count}" for verdict, count in verdicts.items()]
+    return f"{plural(len(record['checks']), 'claim')}, of which {', '.join(told)}"
 
 
 def _summary(checks: list[dict[str, Any]]) -> Markup:
@@ -75,7 +75,7 @@ def _section(check: dict[str, Any]) -> list[Markup]:
 
 def _answer(check: dict[str, Any]) -> Markup:
     bad = check["verdict"] == "does not hold"
-    words = [tag("strong", f"{check['verdict'].capitalize()}. "), page.prose(check["reason"])]
+    words = [tag("strong", f"{check['verdict'].capitalize()}: "), page.prose(check["reason"])]
     return tag("div", tag("p", words), class_="answer bad" if bad else "answer")
 
 

@@ -31,9 +31,7 @@ def rich_table(table: dict[str, Any]) -> Table:
         title=table["title"], title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for index, name in enumerate(table["head"]):
-        # Long names stand in two lines, so that the numbers stay side by side.
-        justify = "left" if index < table["words"] else "right"
-        found.add_column(name.replace(", ", "\n"), justify=justify, no_wrap=True)
+        found.add_column(name, justify="left" if index < table["words"] else "right", overflow="fold")
     for row in table["rows"]:
         found.add_row(*("\n".join(filter(None, cell_text(cell))) for cell in row))
     return found
@@ -58,7 +56,7 @@ def html_table(table: dict[str, Any]) -> Markup:
             cells.append(page.data_cell(content, "words" if index < table["words"] else ""))
         rows.append(cells)
     words = frozenset(table["head"][1 : table["words"]])
-    return page.table(table["title"], list(table["head"]), rows, class_="numbers", words=words)
+    return page.table(table["title"], list(table["head"]), rows, class_="numbers grid", words=words)
 
 
 def _number(value: float | None) -> str:

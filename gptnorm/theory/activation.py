@@ -84,7 +84,7 @@ def configs(recipe: Recipe, width: int, seed: int) -> Iterable[tuple[str, Config
         config = recipe.resolve([f"model.d_model={width}", f"seed={seed}"], strategy=strategy)
         for init in INITS:
             yield (
-                f"{config.model.strategy}, init.std {init}",
+                f"{config.model.strategy} ({init})",
                 replace(config, init=replace(config.init, std=init)),
             )
 
@@ -219,15 +219,13 @@ def check_activation(
     found = bands(seeds, widths, spreads)
     kept = [band.kept for band in found]
     keeps = {model.name: model.keeps() for model in models}
-    reason = "; ".join(f"{model.name}: {_told(model)}" for model in models) + (
-        f"; γ_min √d ≤ ‖y‖ ≤ γ_max √d {'holds' if all(kept) else 'is broken'} for {', '.join(spreads)} without ε."
-    )
+    reason = f"{_told(models, keeps)}; γ_min √d ≤ ‖y‖ ≤ γ_max √d {'holds' if all(kept) else 'is broken'} for "
+    reason += f"{', '.join(spreads)} without ε."
     return Finding(
         name="activation",
         title="Activation scale",
-        claim="The output of a linear map has ‖y‖ = Θ(√d), whatever the initialisation: with a norm after it, γ_min "
-        "√d ≤ "
-        "‖y‖ ≤ γ_max √d.",
+        claim="The output of a linear map has ‖y‖ = Θ(√d) under every initialisation: a norm after it sees to that, "
+        "with γ_min √d ≤ ‖y‖ ≤ γ_max √d.",
         source="SimpleGPT, §1 of our notes on it (items 2 and 3)",
         verdict=verdict_of(list(keeps.values())) if all(kept) else "does not hold",
         reason=reason,
@@ -276,15 +274,11 @@ def check_activation(
         ],
         notes=[
             f"Models: the recipe {recipe.name} with another model.d_model, init.std and seed, at initialisation "
-            "(gains 1), on "
-            f"{TOKENS} random tokens. Figures: RMS(y), flat where the claim holds.",
+            f"(gains 1), on {TOKENS} random tokens. Figures: RMS(y), flat where the claim holds.",
             "x, y: what a linear map reads, and what it returns with all that follows it; RMS over tokens and "
-            "features, "
-            "geometric mean over blocks.",
-            f"Exponent: slope of log ‖y‖ on log n, n the length of y (d, or d_ff), mean over seeds. A model keeps "
-            "the claim "
-            f"if those of all its linear maps are within {CLOSE:g} of 1/2, under every initialisation that it is "
-            "listed with.",
+            "features, geometric mean over blocks.",
+            "Exponent: slope of log ‖y‖ on log n, n the length of y (d, or d_ff), mean over seeds. A row keeps the "
+            f"claim if those of all its linear maps are within {CLOSE:g} of 1/2.",
             "init.std published: 0.02 at every width. twin: 0.02 √(2048/d), the same at width 2048.",
             "Gains 0.25 … 4: z is normal with sizes from 1e-3 to 1e3, and every axis once, where the bounds are met.",
         ],
@@ -302,11 +296,14 @@ def _extremes(model: Model) -> tuple[tuple[str, float], tuple[str, float]]:
     return (low_role, low), (high_role, high)
 
 
-def _told(model: Model) -> str:
-    (_, low), (role, high) = _extremes(model)
-    if model.keeps():
-        return f"exponents {low:.2f} to {high:.2f}"
-    return f"exponents {low:.2f} to {high:.2f} ({role})"
+def _told(models: Sequence[Model], keeps: Mapping[str, bool]) -> str:
+    kept, lost = [model.name for model in models if keeps[model.name]], []
+    for model in models:
+        if not keeps[model.name]:
+            role, slope = max(_extremes(model), key=lambda end: abs(end[1] - 0.5))
+            lost.append(f"{model.name}: {slope:.2f} at {role}")
+    told = [f"kept by {', '.join(kept)}"] if kept else []
+    return "; ".join([*told, *([f"not kept by {', '.join(lost)}"] if lost else [])])
 
 
 def _model_row(model: Model) -> list[Cell]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gptnorm.norms import Norm
-from gptnorm.report.format import short_text
+from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate, geometric_mean
 from gptnorm.theory import draws
@@ -43,6 +43,7 @@ KAPPAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 WEAK = 2
 """Singular values of W that are 1/κ; the others are 1."""
 EPS = 1e-5
+ROUNDING = 1e-13
 SLACK = 1e-9
 """Relative rounding that a bound may be missed by."""
 
@@ -149,7 +150,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"x {self.x}, g {self.g}, H_yy {self.hyy}" + (f", ε {self.eps:g}" if self.eps else "")
+        return f"x {self.x}, g {self.g}, H_yy {self.hyy}" + (f", ε {lr_text(self.eps)}" if self.eps else "")
 
     def layer(self, seed: int, kappa: float) -> Layer:
         frame = Frame.of(seed, kappa)
@@ -215,8 +216,7 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         f"‖C‖/‖L‖ runs from {short_text(least)} to {short_text(most)}. At κ = 1 turning g changes ‖C‖ by a factor of "
         f"{max(swing) / min(swing):.3f} (derived 2/√3 = {2 / math.sqrt(3):.3f}), and ‖C‖ is (√d/r²)‖M‖ to "
         f"{short_text(bracket)}; the ratio grows fastest, as κ^{exponents[worst]['ratio'].value:.2f}, with "
-        f"{worst.name}; "
-        f"measured exponents are within {off:.2g} of the derived ones; "
+        f"{worst.name}; measured exponents are within {off:.2g} of the derived ones; "
         + (
             f"‖∇ℓ‖/‖x‖ ≤ ‖C‖ ≤ σ_max²(√d/r²)‖M‖ in all {len(exact)} layers without ε."
             if not broken
@@ -229,8 +229,7 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         claim="The curvature of the norm stays below the Gauss-Newton part, ‖C‖ < ‖L‖, however x, g, H_yy and the "
         "normalisation direction u are aligned.",
         source="SimpleGPT, theorem 4.1 as summarised, asks for alignments that are not pathological; which are is "
-        "derived "
-        "here from §5.2 and §5.3 of our notes on it",
+        "derived here from §5.2 and §5.3 of our notes on it",
         verdict="does not hold" if broken else verdict_of(small),
         reason=reason,
         tables=[
@@ -285,20 +284,18 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         panels=[
             Panel(
                 name="turn",
-                title="g turned towards u, W with equal singular values",
+                title="g turned towards u, κ = 1",
                 x_label="cos(g, u)",
                 x=COSINES,
                 lines={
-                    "‖C‖ / ‖L‖": [_mean(ones, "ratio") for ones in turns.values()],
+                    "‖C‖/‖L‖": [_mean(ones, "ratio") for ones in turns.values()],
                     "‖H‖": [_mean(ones, "hessian") for ones in turns.values()],
-                    "‖∇ℓ‖ / ‖x‖, over ‖L‖": [
-                        _mean(ones, "floor") / _mean(ones, "gauss_newton") for ones in turns.values()
-                    ],
+                    "‖∇ℓ‖/(‖x‖ ‖L‖)": [_mean(ones, "floor") / _mean(ones, "gauss_newton") for ones in turns.values()],
                 },
+                limits=(0.0, 1.3),
                 alt="Ratio of C to L, norm of H and the lower bound over the cosine of g and u: the ratio hardly "
-                "moves, H is "
-                "largest where g points against u, the bound falls to nothing at both ends. The numbers are in the "
-                "table.",
+                "moves, H is largest where g points against u, the bound falls to nothing at both ends. The numbers "
+                "are in the table.",
             ),
             Panel(
                 name="kappa",
@@ -325,12 +322,10 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         ],
         notes=[
             f"W = U diag(σ) Vᵀ, d = {WIDTH}, U and V random rotations, σ = 1 but for {WEAK} that are 1/κ; ‖x‖ = √d; "
-            "RMSNorm, "
-            "γ = 1, no ε unless told; quadratic loss with ‖g‖ = 1 and ‖H_yy‖ = 1.",
+            "RMSNorm, γ = 1, no ε unless told; quadratic loss with ‖g‖ = 1 and ‖H_yy‖ = 1.",
             "u = z/‖z‖ with z = Wx; r = ‖z‖; P = I - uuᵀ; M = (Pg)uᵀ + u(Pg)ᵀ + (u·g)P.",
-            "x weakest: along a singular direction of 1/κ, so that r = ‖x‖/κ. g across u: along a strong direction "
-            "of W. "
-            "H_yy weak: of rank one, along the other weak direction.",
+            "x weakest: along a singular direction of 1/κ, so that r = ‖x‖/κ. g across u: along a strong direction of "
+            "W. H_yy weak: of rank one, along the other weak direction.",
             "‖C‖_F/‖C‖: the root of the number of directions that C bends in, were its eigenvalues equal.",
             "‖∇ℓ‖/‖x‖: ∇ℓ in x; ‖C‖ is never below it.",
         ],
@@ -348,7 +343,9 @@ def _radial(seed: int, cosine: float) -> Layer:
 
 
 def _mean(ones: Sequence[Sizes], what: str) -> float:
-    return sum(getattr(one, what) for one in ones) / len(ones)
+    """Over seeds; what is nothing but rounding is 0."""
+    found = sum(getattr(one, what) for one in ones) / len(ones)
+    return found if abs(found) > ROUNDING else 0.0
 
 
 def _by_kappa(rows: Mapping[int, Sequence[Sizes]], what: str) -> list[float]:
@@ -363,7 +360,7 @@ def _exponent_row(case: Case, found: Mapping[str, Estimate]) -> list[Cell]:
         case.x,
         case.g,
         case.hyy,
-        f"{case.eps:g}",
+        lr_text(case.eps) if case.eps else "0",
         values["gauss_newton"],
         values["curvature"],
         derived,

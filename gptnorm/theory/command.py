@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from gptnorm.environment import describe_environment
 from gptnorm.report.theory_table import rich_table
@@ -51,5 +52,5 @@ def print_theory(record: dict[str, Any], console: Console) -> None:
                 console.print(rich_table(table))
         console.print()
         colour = COLOURS[check["verdict"]]
-        console.print(f"{check['name']}: {check['verdict']}", style=f"bold {colour}", highlight=False, end=". ")
-        console.print(check["reason"], highlight=False, markup=False)
+        verdict = Text(f"{check['name']} {check['verdict']}", style=f"bold {colour}")
+        console.print(Text.assemble(verdict, f": {check['reason']}"), highlight=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptnorm.norms import AfterModule, DynamicTanh, Norm
-from gptnorm.report.format import short_text
+from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate, geometric_mean
 from gptnorm.theory import draws
@@ -59,7 +59,7 @@ KINDS = (
     Kind(name="rmsnorm, γ 1", degree=0, make=_norm("rmsnorm", 0.0, gained=False)),
     Kind(name="np_layernorm", degree=0, make=_norm("np_layernorm", 0.0)),
     Kind(name="l2", degree=0, make=_norm("l2", 0.0)),
-    Kind(name=f"rmsnorm, ε {EPS:g}", degree=0, make=_norm("rmsnorm", EPS), exact=False),
+    Kind(name=f"rmsnorm, ε {lr_text(EPS)}", degree=0, make=_norm("rmsnorm", EPS), exact=False),
     Kind(name="frozen rmsnorm", degree=1, make=_frozen),
     Kind(name="tanh", degree=None, make=lambda z, gain: build(DynamicTanh(size=len(z), alpha=1.0), gain)),
     Kind(name="nothing", degree=1, make=lambda z, gain: None),
@@ -184,14 +184,13 @@ def check_kinds(seeds: Sequence[int], kinds: Sequence[Kind] = KINDS) -> Finding:
         ],
         notes=[
             f"W: {WIDTH} × {WIDTH}, entries of variance 1/{WIDTH}; x: standard normal; gains uniform in 0.5 … 2, "
-            "where a "
-            "kind has one and unless told (np_layernorm and l2 have none: compare them with γ 1); "
-            f"softmax head over {VOCAB} tokens. W, x, gain and head are the same for all kinds of a seed; g "
-            "and H_yy follow from y.",
+            "where a kind has one and unless told (np_layernorm and l2 have none: compare them with γ 1); softmax "
+            f"head over {VOCAB} tokens. W, x, gain and head are the same for all kinds of a seed; g and H_yy follow "
+            "from y.",
             "frozen rmsnorm: the constant that the norm is at this z. tanh: γ ⊙ tanh(αz), α = 1. nothing: y = Wx.",
             "Means over seeds are geometric, ratios paired by seed, with 95 % t-intervals.",
             "Errors: ‖Lx‖/(‖L‖‖x‖), ‖Cx + ∇ℓ‖/‖∇ℓ‖, |x·∇ℓ|/(‖x‖‖∇ℓ‖), ‖Hw‖/(‖H‖‖w‖). An identity holds up to "
-            f"{EXACT:g} and fails from {BROKEN:g}.",
+            f"{lr_text(EXACT)} and fails from {lr_text(BROKEN)}.",
         ],
         numbers={f"error.{name}": max(values) for name, values in errors.items()},
     )

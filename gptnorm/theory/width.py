@@ -24,6 +24,7 @@ from torch import Tensor
 from gptnorm.curvature.operators import Operator
 from gptnorm.curvature.reading import spectral_norm
 from gptnorm.norms import Norm
+from gptnorm.report.format import lr_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate, geometric_mean
 from gptnorm.theory import draws
@@ -34,7 +35,7 @@ from gptnorm.theory.layer import Layer, build
 from gptnorm.theory.losses import Quadratic, softmax_head, sure_head
 
 VOCAB = 4096
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 """Of the residual of an eigenvalue, relative: the eigenvalue itself is far closer."""
 
 Loss = Callable[[Tensor], Tensor]
@@ -114,7 +115,7 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
     falls = {name: slope.high is not None and slope.high < 0 for name, slope in slopes.items()}
     measured = {name: _over_seeds(rows, "measured") for name, rows in found.items()}
     last = {name: row[-1] for name, row in measured.items()}
-    reason = "; ".join(f"{name}: {_told(slopes[name], last[name])}" for name in regimes)
+    reason = "; ".join(f"{name}: {_told(slopes[name], last[name], widths[-1])}" for name in regimes)
     table = Table(
         title="‖C‖ / ‖L‖",
         head=["regime", *(f"d = {d}" for d in widths), "exponent in d"],
@@ -133,12 +134,12 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
             ]
         )
     ends = (widths[0], widths[-1])
-    head = [f"{what}, d = {d}" for what in ("‖g‖", "‖H_yy‖", "estimate", "measured / estimate") for d in ends]
+    head = [f"{what} at {d}" for what in ("‖g‖", "‖H_yy‖", "estimate", "ratio / estimate") for d in ends]
     return Finding(
         name="width",
         title="‖C‖ / ‖L‖ against width",
-        claim="In high dimension the curvature of the norm vanishes beside the Gauss-Newton part: ‖C‖ / ‖L‖ falls as d "
-        "grows, as 1/√d for a gradient and an H_yy of fixed size.",
+        claim="In high dimension the curvature of the norm vanishes beside the Gauss-Newton part: ‖C‖ / ‖L‖ falls as "
+        "d grows, as 1/√d for a gradient and an H_yy of fixed size.",
         source="SimpleGPT, theorem 4.1 as summarised; regimes of our notes on it, §5.3",
         verdict=verdict_of(list(falls.values())),
         reason=reason,
@@ -152,8 +153,7 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
                 lines={name: [one.value for one in row] for name, row in measured.items()},
                 ranges={name: [(one.low, one.high) for one in row] for name, row in measured.items()},
                 alt="Ratio of the spectral norms of C and L over width, a line for each regime, with 95 % intervals. "
-                "The "
-                "numbers are in the table.",
+                "The numbers are in the table.",
                 log_x=True,
                 log_y=True,
             ),
@@ -171,19 +171,15 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
         ],
         notes=[
             "W: d × d, entries of variance 1/d; x: standard normal; γ = 1; RMSNorm without ε. Spectral norms by "
-            "Lanczos, "
-            f"residuals below {TOLERANCE:g}.",
+            f"Lanczos, residuals below {lr_text(TOLERANCE)} of them.",
             "A, B: quadratic loss, g of length 1 and √d in a random direction, H_yy = GGᵀ / ‖GGᵀ‖ of a square normal "
-            "G. "
-            "With H_yy = I the constant is another, the exponent the same.",
-            f"C: softmax over {VOCAB} tokens, entries of the head of variance 1/d, any of them the target. D: the same "
-            "with 12 added to the logits of 8 tokens, one of them the target.",
+            "G. With H_yy = I the constant is another, the exponent the same.",
+            f"C: softmax over {VOCAB} tokens, entries of the head of variance 1/d, any of them the target. D: the "
+            "same with 12 added to the logits of 8 tokens, one of them the target.",
             "Means over seeds are geometric, with 95 % t-intervals of the logarithms. The exponent is the mean over "
-            "seeds "
-            "of each seed's slope of log ratio on log d.",
+            "seeds of each seed's slope of log ratio on log d.",
             "Estimate: ‖b‖ / (√d ‖P D H_yy D P‖), b = γ ⊙ g, P the projection off u = z / ‖z‖: the sufficient "
-            "condition "
-            "of the notes without its κ(W)², which for a square normal W is of order d² and proves nothing.",
+            "condition of the notes without its κ(W)², which for a square normal W is of order d² and proves nothing.",
             "A regime falls if the interval of its exponent lies below 0; the claim holds if all fall.",
         ],
         numbers={f"exponent.{name}": slope.value for name, slope in slopes.items()},
@@ -195,11 +191,11 @@ def _over_seeds(rows: Mapping[int, Sequence[Ratio]], what: str) -> list[Estimate
     return [geometric_mean([getattr(one, what) for one in column]) for column in columns]
 
 
-def _told(slope: Estimate, last: Estimate) -> str:
+def _told(slope: Estimate, last: Estimate, width: int) -> str:
     if slope.low is None or slope.high is None or holds_zero(slope):
         how = "neither falls nor grows"
     else:
         how = "falls" if slope.high < 0 else "grows"
         how += " as 1/√d" if holds_zero(slope, -0.5) else ""
     ends = "" if slope.low is None or slope.high is None else f" [{slope.low:.2f}, {slope.high:.2f}]"
-    return f"{how}, exponent {slope.value:.2f}{ends}, {last.value:.2g} at the largest width"
+    return f"{how}, exponent {slope.value:.2f}{ends}, {last.value:.2g} at d = {width}"
