@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 from rich.table import Table
@@ -49,7 +50,9 @@ def html_table(table: dict[str, Any]) -> Markup:
     """For the report."""
     rows = []
     for first, *rest in table["rows"]:
-        cells = [page.head_cell(cell_text(first)[0])]
+        # Names such as np_layernorm may break after their underscore.
+        name = Markup(html.escape(cell_text(first)[0]).replace("_", "_<wbr>"))
+        cells = [tag("th", name, scope="row")]
         for index, cell in enumerate(rest, 1):
             value, below = cell_text(cell)
             content = [value, tag("span", f" {below}", class_="sd")] if below else value

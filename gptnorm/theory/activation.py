@@ -4,8 +4,8 @@ RMSNorm gives γ_min √d ≤ ‖y‖ ≤ γ_max √d (γ_min, γ_max of |γ|; �
 that RMS(y) does not move with the width. Without a norm ‖y‖ = ‖Wx‖ is what the initialisation makes of it: with the
 published std of 0.02 it grows as √d · √d, with the fan-in twin s ∝ 1/√d as √d.
 
-A recipe's models are built at several widths and see one batch of random tokens; the exponent is that of ‖y‖ in the
-length n of y, 1/2 where the claim holds.
+A recipe's models are built at several widths and see one sequence of random tokens. The exponent is that of √d RMS(y)
+in d, 1/2 where the claim holds: that of ‖y‖, if y is as long as the model is wide.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOKENS = 64
 VOCAB = 256
 INITS: tuple[Literal["published", "twin"], ...] = ("published", "twin")
 CLOSE = 0.1
-"""How far from 1/2 an exponent may be: layers of other sizes than d (d_ff is rounded) and few widths bend it."""
+"""How far from 1/2 an exponent may be: a rounded d_ff and few widths bend it."""
 SLACK = 1e-12
 
 
@@ -42,8 +42,7 @@ SLACK = 1e-12
 class Sizes:
     """Of a slot at one width."""
 
-    n: int
-    """Length of y."""
+    d: int
     x: float
     """RMS of what it reads."""
     y: float
@@ -63,12 +62,12 @@ class Model:
     """The roles that are linear maps."""
 
     def exponent(self, role: str) -> Estimate:
-        """Of ‖y‖ in n."""
+        """Of √d RMS(y) in d."""
         rows = self.slots[role].values()
-        return mean_of([exponent([one.n for one in row], [one.y * one.n**0.5 for one in row]) for row in rows])
+        return mean_of([exponent([one.d for one in row], [one.y * one.d**0.5 for one in row]) for row in rows])
 
     def keeps(self) -> bool:
-        """Whether every linear map's ‖y‖ goes as √n."""
+        """Whether every linear map's ‖y‖ goes as the root of its length."""
         return all(abs(self.exponent(role).value - 0.5) <= CLOSE for role in self.linear)
 
 
@@ -98,7 +97,7 @@ def read(model: GPT, tokens: Tensor) -> dict[str, tuple[Sizes, nn.Module]]:
             continue
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, name: str = name) -> None:
-            found[name] = (Sizes(n=y.shape[-1], x=_rms(inputs[0]), y=_rms(y)), module)
+            found[name] = (Sizes(d=model.shape.d, x=_rms(inputs[0]), y=_rms(y)), module)
 
         handles.append(slot.register_forward_hook(see))
     try:
@@ -145,7 +144,7 @@ def _by_role(found: Mapping[str, tuple[Sizes, nn.Module]]) -> Iterable[tuple[str
     for role, ones in roles.items():
         sizes = [size for size, _ in ones]
         x, y = (geometric_mean([getattr(size, what) for size in sizes]).value for what in ("x", "y"))
-        yield role, Sizes(n=sizes[0].n, x=x, y=y), ones[0][1]
+        yield role, Sizes(d=sizes[0].d, x=x, y=y), ones[0][1]
 
 
 def _is_normed(module: nn.Module) -> bool:
@@ -226,12 +225,12 @@ def check_activation(
         title="Activation scale",
         claim="The output of a linear map has ‖y‖ = Θ(√d) under every initialisation: a norm after it sees to that, "
         "with γ_min √d ≤ ‖y‖ ≤ γ_max √d.",
-        source="SimpleGPT, §1 of our notes on it (items 2 and 3)",
+        source="SimpleGPT (arXiv 2602.01212), its definition of the operator",
         verdict=verdict_of(list(keeps.values())) if all(kept) else "does not hold",
         reason=reason,
         tables=[
             Table(
-                title="Exponent of ‖y‖ in its length, linear maps",
+                title="Exponent of ‖y‖ in d, linear maps",
                 head=["model", "maps with a norm", "maps without", "lowest exponent", "highest exponent"],
                 rows=[_model_row(model) for model in models],
             ),
@@ -277,8 +276,8 @@ def check_activation(
             f"(gains 1), on {TOKENS} random tokens. Figures: RMS(y), flat where the claim holds.",
             "x, y: what a linear map reads, and what it returns with all that follows it; RMS over tokens and "
             "features, geometric mean over blocks.",
-            "Exponent: slope of log ‖y‖ on log n, n the length of y (d, or d_ff), mean over seeds. A row keeps the "
-            f"claim if those of all its linear maps are within {CLOSE:g} of 1/2.",
+            "Exponent: slope of log √d RMS(y) on log d, mean over seeds: that of ‖y‖, if y is of length d. A row "
+            f"keeps the claim if those of all its linear maps are within {CLOSE:g} of 1/2.",
             "init.std published: 0.02 at every width. twin: 0.02 √(2048/d), the same at width 2048.",
             "Gains 0.25 … 4: z is normal with sizes from 1e-3 to 1e3, and every axis once, where the bounds are met.",
         ],

@@ -27,7 +27,7 @@ from torch import Tensor
 from gptnorm.norms import Norm
 from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
-from gptnorm.study.measures import Estimate, geometric_mean
+from gptnorm.study.measures import Estimate
 from gptnorm.theory import draws
 from gptnorm.theory.closed import bracket_norm
 from gptnorm.theory.finding import Cell, Finding, Table, verdict_of
@@ -204,10 +204,13 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
     broken = sum(not one.within_bounds for one in exact)
     small = [one.ratio < 1 for one in exact]
     off = max(
-        abs(exponents[case][what].value - wanted)
-        for case in cases
-        if case.derived is not None
-        for what, wanted in zip(("gauss_newton", "curvature"), case.derived, strict=True)
+        (
+            abs(exponents[case][what].value - wanted)
+            for case in cases
+            if case.derived is not None
+            for what, wanted in zip(("gauss_newton", "curvature"), case.derived, strict=True)
+        ),
+        default=0.0,
     )
     worst = max(cases, key=lambda case: exponents[case]["ratio"].value)
     least, most = min(one.ratio for one in exact), max(one.ratio for one in exact)
@@ -228,8 +231,8 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         title="Alignment of x, g, H_yy and u",
         claim="The curvature of the norm stays below the Gauss-Newton part, ‖C‖ < ‖L‖, however x, g, H_yy and the "
         "normalisation direction u are aligned.",
-        source="SimpleGPT, theorem 4.1 as summarised, asks for alignments that are not pathological; which are is "
-        "derived here from §5.2 and §5.3 of our notes on it",
+        source="SimpleGPT (arXiv 2602.01212), theorem 4.1 as others sum it up, asks for alignments that are not "
+        "pathological; which ones are is derived here, docs/theory.md",
         verdict="does not hold" if broken else verdict_of(small),
         reason=reason,
         tables=[
@@ -349,8 +352,7 @@ def _mean(ones: Sequence[Sizes], what: str) -> float:
 
 
 def _by_kappa(rows: Mapping[int, Sequence[Sizes]], what: str) -> list[float]:
-    columns = zip(*rows.values(), strict=True)
-    return [geometric_mean([getattr(one, what) for one in column]).value for column in columns]
+    return [_mean(column, what) for column in zip(*rows.values(), strict=True)]
 
 
 def _exponent_row(case: Case, found: Mapping[str, Estimate]) -> list[Cell]:

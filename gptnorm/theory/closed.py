@@ -1,4 +1,4 @@
-r"""Closed forms for RMSNorm after a linear map, to check against: simplegpt.md §5.2, ours.
+r"""Closed forms for RMSNorm after a linear map, to check against (ours: docs/theory.md).
 
 With z = Wx, s = √(‖z‖²/d + ε), D = diag(γ), g = ∂ℓ/∂y, b = D g:
 

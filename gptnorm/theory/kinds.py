@@ -56,10 +56,10 @@ def _frozen(z: Tensor, gain: Tensor) -> AfterModule:
 KINDS = (
     Kind(name="rmsnorm", degree=0, make=_norm("rmsnorm", 0.0)),
     Kind(name="layernorm", degree=0, make=_norm("layernorm", 0.0)),
-    Kind(name="rmsnorm, γ 1", degree=0, make=_norm("rmsnorm", 0.0, gained=False)),
+    Kind(name="rmsnorm (γ 1)", degree=0, make=_norm("rmsnorm", 0.0, gained=False)),
     Kind(name="np_layernorm", degree=0, make=_norm("np_layernorm", 0.0)),
     Kind(name="l2", degree=0, make=_norm("l2", 0.0)),
-    Kind(name=f"rmsnorm, ε {lr_text(EPS)}", degree=0, make=_norm("rmsnorm", EPS), exact=False),
+    Kind(name=f"rmsnorm (ε {lr_text(EPS)})", degree=0, make=_norm("rmsnorm", EPS), exact=False),
     Kind(name="frozen rmsnorm", degree=1, make=_frozen),
     Kind(name="tanh", degree=None, make=lambda z, gain: build(DynamicTanh(size=len(z), alpha=1.0), gain)),
     Kind(name="nothing", degree=1, make=lambda z, gain: None),
@@ -128,7 +128,7 @@ def check_kinds(seeds: Sequence[int], kinds: Sequence[Kind] = KINDS) -> Finding:
     if zero:
         told.append(f"{', '.join(zero)} keep the identities to {short_text(max(max(errors[name]) for name in zero))}")
     if other:
-        told.append(f"{', '.join(other)} miss them by {short_text(min(min(errors[name]) for name in other))} or more")
+        told.append(f"{', '.join(other)} miss them by {min(min(errors[name]) for name in other):.2g} or more")
     if failed:
         told = [f"not as claimed: {', '.join(f'{name} (error {short_text(max(errors[name]))})' for name in failed)}"]
     first = kinds[0].name
@@ -142,7 +142,7 @@ def check_kinds(seeds: Sequence[int], kinds: Sequence[Kind] = KINDS) -> Finding:
         title="Kinds of norm",
         claim="A norm of degree 0 has L x = 0, C x = -∇ℓ and x·∇ℓ = 0, of whichever kind it is; what is no norm has "
         "not.",
-        source="identity 3 of our notes on SimpleGPT (Euler); the paper has one kind of norm and compares no others",
+        source="Euler's theorem on homogeneous functions; SimpleGPT (arXiv 2602.01212) compares no kinds of norm",
         verdict=verdict_of(list(judged.values())) if judged else "depends",
         reason=f"{'; '.join(told)}.",
         tables=[

@@ -166,15 +166,15 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
         else f"{', '.join(failed)}: changes by up to {short_text(max(worst[kind] for kind in failed))} of its size"
     )
     reason += (
-        f"; the bare map under a quadratic loss has c² to {short_text(quadratic)} in the exponent. With ε = {lr_text(EPS)} "
-        f"the change is above {100 * VISIBLE:g} % {_where(over_c)}."
+        f"; the bare map under a quadratic loss has c² to {short_text(quadratic)} in the exponent. With ε = "
+        f"{lr_text(EPS)} the change is above {100 * VISIBLE:g} % {_where(over_c)}."
     )
     return Finding(
         name="scale",
         title="Scale of the weight",
         claim="Under W → cW a norm after the map leaves L, C and H in x as they are and gives H in vec(W) 1/c², where "
         "a bare linear map has c² and c⁰.",
-        source="SimpleGPT, theorem 4.2 as summarised; identities 1, 2 and 4 of our notes on it",
+        source="SimpleGPT (arXiv 2602.01212), theorem 4.2 as others sum it up; closed forms ours, docs/theory.md",
         verdict=verdict_of(list(held.values())),
         reason=reason,
         tables=[
@@ -214,8 +214,8 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
                     **{f"{kind}, ε {lr_text(EPS)}": changes for kind, changes in over_c.items()},
                     f"{first}, ε 0": _largest(exact[first]),
                 },
-                alt=f"Largest relative change over c with ε {lr_text(EPS)}: it rises as c falls. The numbers are in the "
-                "table.",
+                alt=f"Largest relative change over c with ε {lr_text(EPS)}: it rises as c falls. The numbers are in "
+                "the table.",
                 log_x=True,
                 log_y=True,
             ),
@@ -227,9 +227,9 @@ def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Find
             "Exponents: slope of the logarithm of a spectral norm on log c over all c, mean over seeds.",
             "Largest change: of L, C, H and c² times H in vec(W), each relative to the spectral norm of its own at c "
             "= 1 without ε; the largest of the four and of the seeds.",
-            "Under another loss than a quadratic one H_yy moves with y, so that a bare map has no one exponent: what is "
-            "fitted is a mean over four decades: c² while the logits are small, then the softmax saturates, and tanh "
-            "too.",
+            "Under another loss than a quadratic one H_yy moves with y, so that a bare map has no one exponent: what "
+            "is fitted is a mean over four decades: c² while the logits are small, then the softmax saturates, and "
+            "tanh too.",
         ],
         numbers={
             **{f"change.{kind}": change for kind, change in worst.items()},

@@ -1,8 +1,7 @@
 r"""‖C‖ / ‖L‖ against width: whether the curvature of the norm vanishes in high dimension.
 
 W is square and normal, x too, γ = 1, RMSNorm without ε. y lives on a sphere of radius √d, whose curvature is 1/√d: for
-fixed g and H_yy that is the ratio. Nothing says that they are fixed, so there are four regimes of the loss
-(simplegpt.md §5.3):
+fixed g and H_yy that is the ratio. Nothing says that they are fixed, so there are four regimes of the loss:
 
 | regime | loss | ‖g‖ | ‖H_yy‖ |
 |---|---|---|---|
@@ -140,7 +139,7 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
         title="‖C‖ / ‖L‖ against width",
         claim="In high dimension the curvature of the norm vanishes beside the Gauss-Newton part: ‖C‖ / ‖L‖ falls as "
         "d grows, as 1/√d for a gradient and an H_yy of fixed size.",
-        source="SimpleGPT, theorem 4.1 as summarised; regimes of our notes on it, §5.3",
+        source="SimpleGPT (arXiv 2602.01212), theorem 4.1 as others sum it up; the regimes are ours, docs/theory.md",
         verdict=verdict_of(list(falls.values())),
         reason=reason,
         tables=[table, Table(title="What decides it", head=["regime", *head], rows=sizes)],
@@ -179,7 +178,7 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
             "Means over seeds are geometric, with 95 % t-intervals of the logarithms. The exponent is the mean over "
             "seeds of each seed's slope of log ratio on log d.",
             "Estimate: ‖b‖ / (√d ‖P D H_yy D P‖), b = γ ⊙ g, P the projection off u = z / ‖z‖: the sufficient "
-            "condition of the notes without its κ(W)², which for a square normal W is of order d² and proves nothing.",
+            "condition without its κ(W)², which for a square normal W is of order d² and proves nothing.",
             "A regime falls if the interval of its exponent lies below 0; the claim holds if all fall.",
         ],
         numbers={f"exponent.{name}": slope.value for name, slope in slopes.items()},
