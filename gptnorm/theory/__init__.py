@@ -6,8 +6,9 @@
 - `finding.Finding`: what a check found, as plain data; `command` runs and prints them.
 """
 
+from gptnorm.theory import closed, draws
 from gptnorm.theory.checks import CHECKS, Asked
 from gptnorm.theory.finding import Finding, Table
 from gptnorm.theory.layer import Layer, dense
 
-__all__ = ["CHECKS", "Asked", "Finding", "Layer", "Table", "dense"]
+__all__ = ["CHECKS", "Asked", "Finding", "Layer", "Table", "closed", "dense", "draws"]

@@ -43,10 +43,12 @@ def test_some_checks(ask, tmp_path):
 
 def test_the_other_checks(ask, tmp_path, monkeypatch):
     from gptnorm.theory import alignment, scale, width
+    from gptnorm.theory.checks import CHECKS
 
+    regime, kind = {"A": width.REGIMES["A"]}, {"rmsnorm": scale.NORMS["rmsnorm"]}
     monkeypatch.setattr(scale, "FACTORS", (0.01, 1.0, 10.0))
-    monkeypatch.setattr(scale, "NORMS", {"rmsnorm": scale.NORMS["rmsnorm"]})
-    monkeypatch.setattr(width, "REGIMES", {"A": width.REGIMES["A"]})
+    monkeypatch.setitem(CHECKS, "scale", lambda asked: scale.check_scale(asked.seeds, kind))
+    monkeypatch.setitem(CHECKS, "width", lambda asked: width.check_width(asked.seeds, asked.widths, regime))
     monkeypatch.setattr(alignment, "KAPPAS", (1.0, 10.0))
     monkeypatch.setattr(alignment, "COSINES", (0.0, 1.0))
     monkeypatch.setattr(alignment, "TURNS", (0.0, 0.99))

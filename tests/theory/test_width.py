@@ -64,7 +64,7 @@ def test_a_slope_that_seeds_leave_open_is_no_fall():
 
 
 def test_the_regimes_are_those_of_the_docs():
-    """C and D at d = 32: ‖H_yy‖ near 1/d and 1/8, g near 1."""
+    """C and D at d = 32: ‖H_yy‖ near 1/d and 1/4, g near 1."""
     c, d = (width.measure(width.layer(0, 32, width.REGIMES[name])) for name in "CD")
     assert 0.5 < c.g < 1.5
     assert 1 / 32 < c.hyy < 2 / 32
