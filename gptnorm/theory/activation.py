@@ -207,9 +207,11 @@ def bands(seeds: Sequence[int], widths: Sequence[int], spreads: Mapping[str, Spr
 def check_activation(
     seeds: Sequence[int], widths: Sequence[int], recipe: Recipe, spreads: Mapping[str, Spread] = SPREADS
 ) -> Finding:
-    """Args:
-    recipe: whose models are built; if its [study] table names strategies, each of them.
-    spreads: what is claimed to keep between γ_min √d and γ_max √d.
+    """How ‖y‖ goes with the width, model by model.
+
+    Args:
+        recipe: whose models are built; if its [study] table names strategies, each of them.
+        spreads: what is claimed to keep between γ_min √d and γ_max √d.
 
     Raises:
         UserError: a width that the recipe's models cannot have.

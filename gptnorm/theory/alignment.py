@@ -9,7 +9,8 @@ RMSNorm without ε, γ = 1, so b = g. From C = -(√d/r²) Wᵀ M W, M = (Pg) u�
    The gradient is nothing there: ‖C‖ ≥ ‖∇_xℓ‖ / ‖x‖ does not say that C vanishes with it.
 2. *x along the weakest singular direction of W*: r = σ_min ‖x‖, and everything has 1/r². Then
    ‖L‖ ≤ (d/r²) σ_max² ‖H_yy‖ is reached with H_yy = I, and grows as κ². ‖C‖ grows as κ where g lies across u, for one
-   end of M is Wᵀu, which is short, and as κ² where g lies along u.
+   end of M is Wᵀu, which is short, and as κ² where g lies along u. x must be very close to that direction: with c the
+   cosine, ‖L‖ has 1 / (1 - c² + c²/κ²), so that κ² needs an angle of about 1/κ.
 3. *H_yy where W is weak*: L then keeps σ_min²/r², C does not, and ‖C‖/‖L‖ itself grows as κ². The sufficient
    condition ‖b‖ / (√d ‖PDH_yyDP‖) ≪ 1/κ² is therefore of the right order.
 4. *H_yy = w wᵀ with w turned towards u*: L sees P w alone and vanishes, C stays: ‖C‖/‖L‖ has no bound at any κ.
@@ -38,7 +39,9 @@ from gptnorm.theory.losses import Quadratic
 WIDTH = 32
 COSINES = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 1 / math.sqrt(3), 0.75, 1.0)
 TURNS = (0.0, 0.5, 0.9, 0.99, 0.999)
-"""cos(w, u) of H_yy = w wᵀ."""
+"""cos(w, u) of H_yy = w wᵀ; with 1, also the cosine of x and the weakest direction of W."""
+LEANT = 100.0
+"""κ of the latter."""
 KAPPAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 WEAK = 2
 """Singular values of W that are 1/κ; the others are 1."""
@@ -177,8 +180,10 @@ CASES = (
 
 
 def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Finding:
-    """Args:
-    cases: alignments over κ.
+    """How far ‖C‖, ‖L‖ and ‖H‖ can be driven by aligning what they are made of.
+
+    Args:
+        cases: alignments over κ.
     """
     turns = {
         cosine: [
@@ -188,6 +193,7 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         for cosine in COSINES
     }
     radial = {cosine: [measure(_radial(s, cosine)) for s in seeds] for cosine in TURNS}
+    leaning = {cosine: [measure(_leaning(s, cosine)) for s in seeds] for cosine in (*TURNS, 1.0)}
     sweeps = {case: {seed: [measure(case.layer(seed, kappa)) for kappa in KAPPAS] for seed in seeds} for case in cases}
     exponents = {
         case: {
@@ -197,7 +203,7 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
         for case, rows in sweeps.items()
     }
     exact = [
-        *(one for ones in (*turns.values(), *radial.values()) for one in ones),
+        *(one for ones in (*turns.values(), *radial.values(), *leaning.values()) for one in ones),
         *(one for case, rows in sweeps.items() if not case.eps for row in rows.values() for one in row),
     ]
     bracket = max(abs(one.curvature / one.bracket - 1) for ones in turns.values() for one in ones)
@@ -265,6 +271,19 @@ def check_alignment(seeds: Sequence[int], cases: Sequence[Case] = CASES) -> Find
                 rows=[
                     [f"{cosine:g}", *(_mean(ones, what) for what in ("gauss_newton", "curvature", "ratio"))]
                     for cosine, ones in radial.items()
+                ],
+            ),
+            Table(
+                title=f"x turned towards the weakest direction of W (κ = {LEANT:g}, H_yy = I, g against u)",
+                head=["cos(x, weakest)", "‖L‖", "derived", "‖C‖", "‖C‖/‖L‖", "‖H‖"],
+                rows=[
+                    [
+                        f"{cosine:g}",
+                        _mean(ones, "gauss_newton"),
+                        1 / (1 - cosine**2 + cosine**2 / LEANT**2),
+                        *(_mean(ones, what) for what in ("curvature", "ratio", "hessian")),
+                    ]
+                    for cosine, ones in leaning.items()
                 ],
             ),
             Table(
@@ -343,6 +362,13 @@ def _radial(seed: int, cosine: float) -> Layer:
 
     x = draws.direction(seed, "x", WIDTH)
     return Frame.of(seed, 1.0).layer(x, turned(seed + 10_000, 0.0), hyy, 0.0)
+
+
+def _leaning(seed: int, cosine: float) -> Layer:
+    """x between a strong direction of W and the weakest."""
+    frame = Frame.of(seed, LEANT)
+    x = cosine * frame.V[:, -1] + math.sqrt(1 - cosine**2) * frame.V[:, 0]
+    return frame.layer(x, lambda u: -u, identity, 0.0)
 
 
 def _mean(ones: Sequence[Sizes], what: str) -> float:

@@ -115,8 +115,10 @@ def measure(one: Layer) -> Reading:
 
 
 def check_kinds(seeds: Sequence[int], kinds: Sequence[Kind] = KINDS) -> Finding:
-    """Args:
-    kinds: the first is what the others are compared with.
+    """Curvature and identities, kind by kind.
+
+    Args:
+        kinds: the first is what the others are compared with.
     """
     found = {kind.name: {seed: measure(layer(seed, kind)) for seed in seeds} for kind in kinds}
     errors = {name: [one.euler for one in readings.values()] for name, readings in found.items()}

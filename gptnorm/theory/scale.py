@@ -91,8 +91,10 @@ class Sweep:
 
 
 def sweep(layer: Layer, reference: Layer) -> Sweep:
-    """Args:
-    reference: the layer without ε.
+    """Norms and changes over c.
+
+    Args:
+        reference: the layer without ε.
     """
     base = Matrices.of(reference)
     norms: dict[str, list[float]] = {"H": [], "L": [], "C": [], "W": []}
@@ -127,8 +129,10 @@ def layer(seed: int, after: AfterModule | None, *, quadratic: bool = False) -> L
 
 
 def check_scale(seeds: Sequence[int], norms: Mapping[str, Make] = NORMS) -> Finding:
-    """Args:
-    norms: what is claimed to be of degree 0.
+    """What W → cW leaves alone.
+
+    Args:
+        norms: what is claimed to be of degree 0.
     """
     exact = {
         kind: [sweep(layer(s, make(s, 0.0)), layer(s, make(s, 0.0))) for s in seeds] for kind, make in norms.items()

@@ -99,9 +99,11 @@ def _norm(operator: Operator) -> float:
 
 
 def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[str, Regime] = REGIMES) -> Finding:
-    """Args:
-    seeds: two or more: a slope is judged by its interval.
-    widths: two or more.
+    """How the ratio goes with the width, regime by regime.
+
+    Args:
+        seeds: two or more: a slope is judged by its interval.
+        widths: two or more.
     """
     found = {
         name: {seed: [measure(layer(seed, d, regime)) for d in widths] for seed in seeds}

@@ -59,6 +59,15 @@ def test_the_failure_mode_in_numbers():
     assert sizes["against u", "weak"].ratio == pytest.approx(kappa**2 / root, rel=1e-9)
 
 
+@pytest.mark.parametrize("cosine", [0.0, 0.9, 1.0])
+def test_leaning_towards_the_weakest_direction(cosine):
+    """r² = d (1 - c² + c²/κ²), and H = (d/r²) (1 + 1/√d) WᵀPW, whose norm is that of W's other strong directions."""
+    found = measure(alignment._leaning(0, cosine))
+    L = 1 / (1 - cosine**2 + cosine**2 / alignment.LEANT**2)
+    assert found.gauss_newton == pytest.approx(L, rel=1e-9)
+    assert found.hessian == pytest.approx(L * (1 + 1 / math.sqrt(WIDTH)), rel=1e-9)
+
+
 def test_the_finding(monkeypatch):
     monkeypatch.setattr(alignment, "COSINES", (-1.0, 1.0))
     monkeypatch.setattr(alignment, "KAPPAS", (1.0, 10.0, 100.0))
@@ -81,6 +90,7 @@ def test_without_a_norm_the_bounds_are_broken(monkeypatch):
 
     monkeypatch.setattr(alignment, "COSINES", (0.0,))
     monkeypatch.setattr(alignment, "KAPPAS", (1.0, 3.0))
+    monkeypatch.setattr(alignment, "TURNS", (0.0,))
     found = alignment.check_alignment([0, 1], [Bare(x="random", g="random", hyy="I", derived=None)])
     assert found.verdict == "does not hold"
     assert found.numbers["bounds broken"] == 4
