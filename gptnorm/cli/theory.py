@@ -44,7 +44,7 @@ def theory(
     alignment   ‖C‖ stays below ‖L‖ however x, g and z are aligned
     kinds       the identities of a norm of degree 0, kind by kind
 
-    No CHECK: all of them, about a minute and a half on one core. H = L + C is the Hessian in x of a loss of y = N(Wx),
+    No CHECK: all of them, about a minute on one core. H = L + C is the Hessian in x of a loss of y = N(Wx),
     L its Gauss-Newton part, C the norm's own curvature. See docs/theory.md for every number.
     """
     from gptnorm.probe.show import dump
