@@ -15,7 +15,7 @@ import threading
 import click
 
 import gptnorm
-from gptnorm.cli import data, listings, measure, plan, runs, study, verify
+from gptnorm.cli import data, listings, measure, plan, runs, study, theory, verify
 from gptnorm.cli.output import is_first
 from gptnorm.errors import EXIT_USER_ERROR, SharedError, UserError
 
@@ -35,6 +35,7 @@ for command in (
     measure.inspect,
     measure.evaluate,
     measure.curvature,
+    theory.theory,
     plan.plan,
     study.quickstart,
     study.study,

@@ -8,8 +8,7 @@ from typing import Literal
 import click
 
 from gptnorm.cli.arguments import JSON, REPORT, RUN, SETTINGS
-from gptnorm.cli.output import console, write
-from gptnorm.errors import bad_value
+from gptnorm.cli.output import console, refuse_missing_folder, write
 
 
 @click.command()
@@ -177,9 +176,3 @@ def curvature(
         write("--json", json_path, dump(record))
     if page_path is not None:
         write("--report", page_path, curvature_page(record))
-
-
-def refuse_missing_folder(option: str, path: Path | None) -> None:
-    """What takes long is not to fail at its end."""
-    if path is not None and not path.parent.is_dir():
-        raise bad_value(option, str(path), "cannot be written: no such folder")

@@ -31,3 +31,9 @@ def write(option: str, path: Path, text: str) -> None:
         write_atomic(path, text)
     except OSError as error:
         raise bad_value(option, str(path), f"cannot be written: {error.strerror}") from None
+
+
+def refuse_missing_folder(option: str, path: Path | None) -> None:
+    """What takes long is not to fail at its end."""
+    if path is not None and not path.parent.is_dir():
+        raise bad_value(option, str(path), "cannot be written: no such folder")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from gptnorm.records import finite
 from gptnorm.report.figure import look, new_figure, sequential, style, to_svg
@@ -19,6 +19,8 @@ from gptnorm.report.format import lr_text
 _WIDTH = 3.7
 _LOG_FROM = 12.0
 """Ratio of the largest to the smallest value from which a scale is logarithmic."""
+_LEAST_SPAN = 10.0
+"""Ratio of the ends of a logarithmic scale, at least."""
 _FLOOR = 1e-30
 """What is smaller stands for zero and has no place on a logarithmic scale."""
 
@@ -41,6 +43,11 @@ class Panel:
     limits: tuple[float, float] | None = None
     dashed: frozenset[str] = field(default_factory=frozenset)
     """Lines drawn dashed in the colour of the line before them."""
+    ranges: Mapping[str, Sequence[tuple[float | None, float | None]]] = field(default_factory=dict)
+    """Intervals of lines by their labels, drawn as bars."""
+    log_x: bool = False
+    log_y: bool = False
+    """Whether the scale is logarithmic even where the values span little, so that a power law is a straight line."""
 
 
 def draw(panel: Panel, prefix: str) -> str | None:
@@ -53,7 +60,7 @@ def draw(panel: Panel, prefix: str) -> str | None:
         columns = _legend_columns(list(lines))
         figure = new_figure(_WIDTH, 2.6 + (0.22 * -(-len(lines) // columns) if len(lines) > 1 else 0.0))
         axes = figure.add_subplot()
-        log = _wants_log(lines, panel.limits)
+        log = _wants_log(lines, panel.limits, 1.0 if panel.log_y else _LOG_FROM)
         if log:
             lines = {label: np.where(values > _FLOOR, values, np.nan) for label, values in lines.items()}
         colours = _colours(list(lines), panel)
@@ -72,6 +79,7 @@ def draw(panel: Panel, prefix: str) -> str | None:
                 linewidth=1.6,
                 label=label,
             )
+            _bars(axes, panel, label, colours[label])
         _y_axis(axes, panel, log)
         _x_axis(axes, panel)
         axes.set_title(panel.title, fontsize=10.5)
@@ -80,11 +88,17 @@ def draw(panel: Panel, prefix: str) -> str | None:
         return to_svg(figure, f"{prefix}-{panel.name}")
 
 
+def _bars(axes: Axes, panel: Panel, label: str, colour: Any) -> None:
+    for x, (low, high) in zip(panel.x, panel.ranges.get(label, ()), strict=False):
+        if low is not None and high is not None:
+            axes.plot([x, x], [low, high], color=colour, linewidth=1.2, alpha=0.6, zorder=1.5)
+
+
 def _numbers(values: Sequence[float | None]) -> np.ndarray:
     return np.array([math.nan if (number := finite(value)) is None else number for value in values])
 
 
-def _wants_log(lines: Mapping[str, np.ndarray], limits: tuple[float, float] | None) -> bool:
+def _wants_log(lines: Mapping[str, np.ndarray], limits: tuple[float, float] | None, least: float) -> bool:
     if limits is not None:
         return False
     values = np.concatenate(list(lines.values()))
@@ -92,7 +106,7 @@ def _wants_log(lines: Mapping[str, np.ndarray], limits: tuple[float, float] | No
     if (values < 0).any():
         return False
     positive = values[values > _FLOOR]
-    return len(positive) > 0 and float(positive.max() / positive.min()) >= _LOG_FROM
+    return len(positive) > 0 and float(positive.max() / positive.min()) >= least
 
 
 def _colours(labels: list[str], panel: Panel) -> dict[str, Any]:
@@ -133,6 +147,10 @@ def _y_axis(axes: Axes, panel: Panel, log: bool) -> None:
     elif log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
+        if high / low < _LEAST_SPAN:
+            # What hardly moves is to look flat.
+            low, high = (math.sqrt(low * high) * factor for factor in (_LEAST_SPAN**-0.5, _LEAST_SPAN**0.5))
+            axes.set_ylim(low, high)
         decades = math.log10(high / low)
         # Two ticks a decade where there are few of them; written like every other number of the page.
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0) if decades < 3 else (1.0,), numticks=8))
@@ -145,7 +163,15 @@ def _y_axis(axes: Axes, panel: Panel, log: bool) -> None:
 
 def _x_axis(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(panel.x_label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if panel.log_x:
+        axes.set_xscale("log")
+        few = len(panel.x) <= 6
+        axes.xaxis.set_major_locator(FixedLocator(list(panel.x)) if few else LogLocator(10, numticks=8))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        whole = all(float(x).is_integer() for x in panel.x)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
     if len(set(panel.x)) == 1:
         # One point would else stand on an axis of fractions.
         axes.set_xlim(panel.x[0] - 1, panel.x[0] + 1)
