@@ -3,7 +3,7 @@ r"""How large a step the loss bears, from forward passes alone.
 Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) \ge \ell(\theta)$. Of a
 quadratic loss and $u = \nabla \ell$ it is $2\, u^\top u / u^\top H u$, so that $2 / \eta_c$ is a directional sharpness.
 
-Source: Kalra et al. 2025 (critical sharpness); the bracketing is ours.
+Source: Kalra et al. 2026 (arXiv 2601.16979), critical sharpness; the bracketing is ours.
 """
 
 from __future__ import annotations
