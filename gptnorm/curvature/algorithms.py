@@ -4,7 +4,7 @@ r"""What can be learned of a symmetric operator from its products.
 |---|---|---|
 | `power_iteration` | the eigenvalue of largest modulus | its residual $r = \lVert A v - \lambda v \rVert$ |
 | `lanczos` | the largest and smallest eigenvalues | each one's residual, and $r^2$ over its gap to the others |
-| `ritz_values` | the same in the memory of three vectors, without eigenvectors | the recurrence's own residual |
+| `ritz_value` | the largest, in the memory of three vectors | the recurrence's own residual, and the same |
 | `spectral_density` | the distribution of eigenvalues | the spread over probes |
 | `hutchinson`, `hutch_pp` | the trace | the standard error over probes |
 
@@ -15,7 +15,7 @@ $r^2 / \text{gap}$ (Parlett, The Symmetric Eigenvalue Problem, section 11.7). Ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,7 +176,12 @@ def lanczos(
         of a product more: the recurrence's own, in fp32, falls below what rounding leaves.
     """
     space, krylov = operator.space, Krylov(operator, _draw(operator, seed) if start is None else start)
-    _iterate(krylov, largest, smallest, tolerance, most, FEWEST_STEPS)
+
+    def wanted(values: Tensor) -> list[int]:
+        count = len(values)
+        return [*range(count - largest, count), *range(smallest)] if count >= largest + smallest else []
+
+    _iterate(krylov, wanted, tolerance, most, FEWEST_STEPS)
     found = krylov.found
     values, vectors = found.eigen()
     count, gaps = len(values), _gaps(values, _residuals(found, vectors))
@@ -202,54 +207,57 @@ class RitzValue:
     products: int
 
 
-def ritz_values(
+def ritz_value(
     operator: Operator,
     *,
-    largest: int = 1,
-    smallest: int = 0,
+    modulus: bool = False,
     tolerance: float = 1e-3,
     most: int = MOST_STEPS,
     fewest: int = FEWEST_STEPS,
     seed: int = 0,
-) -> tuple[list[RitzValue], list[RitzValue]]:
-    """As `lanczos`, with three vectors in memory in place of one for each product, and no product for a residual.
+) -> RitzValue:
+    """The largest eigenvalue, with three vectors in memory in place of one for each product, and no product for its
+    residual.
 
-    Meant for tolerances far above the dtype's rounding: at that the vectors lose their orthogonality.
+    Meant for tolerances far above the dtype's rounding, near which the vectors lose their orthogonality.
 
     Args:
+        modulus: that of the largest modulus instead.
+        tolerance, most: as for `lanczos`.
         fewest: products before it may stop.
     """
+
+    def wanted(values: Tensor) -> list[int]:
+        return [int(values.abs().argmax()) if modulus else len(values) - 1]
+
     krylov = Krylov(operator, _draw(operator, seed), whole=False)
-    _iterate(krylov, largest, smallest, tolerance, most, fewest)
+    _iterate(krylov, wanted, tolerance, most, fewest)
     values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = _residuals(krylov, vectors)
-    errors, count = _error(residuals, _gaps(values, residuals)), len(values)
-
-    def at(index: int) -> RitzValue:
-        value, residual, error = (float(column[index]) for column in (values, residuals, errors))
-        return RitzValue(value=value, residual=residual, error=error, products=count)
-
-    return [at(count - 1 - i) for i in range(min(largest, count))], [at(i) for i in range(min(smallest, count))]
+    errors, (index,) = _error(residuals, _gaps(values, residuals)), wanted(values)
+    value, residual, error = (float(column[index]) for column in (values, residuals, errors))
+    return RitzValue(value=value, residual=residual, error=error, products=len(values))
 
 
-def _iterate(krylov: Krylov, largest: int, smallest: int, tolerance: float, most: int, fewest: int) -> None:
-    """Steps until all wanted values were settled twice running, nothing is left to find, or `most` products."""
+Wanted = Callable[[Tensor], list[int]]
+"""Which of the Ritz values, ascending, are to be found."""
+
+
+def _iterate(krylov: Krylov, wanted: Wanted, tolerance: float, most: int, fewest: int) -> None:
+    """Steps until all that is wanted was settled twice running, nothing is left to find, or `most` products."""
     settled = 0
     for count in range(1, most + 1):
         more = krylov.step()
-        settled = settled + 1 if _settled(krylov, largest, smallest, tolerance) else 0
+        settled = settled + 1 if _settled(krylov, wanted, tolerance) else 0
         if not more or (settled > 1 and count >= fewest):
             break
 
 
-def _settled(krylov: Krylov, largest: int, smallest: int, tolerance: float) -> bool:
-    if len(krylov.alphas) < largest + smallest:
-        return False
+def _settled(krylov: Krylov, wanted: Wanted, tolerance: float) -> bool:
     values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = _residuals(krylov, vectors)
-    errors = _error(residuals, _gaps(values, residuals))
-    wanted = [*range(len(values) - largest, len(values)), *range(smallest)]
-    return bool((errors[wanted] <= tolerance * values.abs().max()).all())
+    errors, indices = _error(residuals, _gaps(values, residuals)), wanted(values)
+    return bool(indices) and bool((errors[indices] <= tolerance * values.abs().max()).all())
 
 
 def _residuals(found: Tridiagonal | Krylov, vectors: Tensor) -> Tensor:

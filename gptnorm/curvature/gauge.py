@@ -26,7 +26,8 @@ In memory are the graph of the gradient on those sequences, and a handful of vec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from gptnorm.config import Config
 from gptnorm.curvature.activation import SlotLoss, slots_of, used_once
 from gptnorm.curvature.adam import following_preconditioner, stability_threshold
-from gptnorm.curvature.algorithms import RitzValue, ritz_values
+from gptnorm.curvature.algorithms import RitzValue, ritz_value
 from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss
 from gptnorm.curvature.operators import FiniteDifference, Operator, Scaled
@@ -49,8 +50,9 @@ from gptnorm.train.optim import Optimizers
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-FEWEST_FOR_SLOTS = 5
-"""Products before an iteration over one token's x may stop: few of its directions are curved."""
+FEWEST, FEWEST_FOR_SLOTS = 6, 4
+"""Products before an iteration may stop, over parameters and over one token's x, which has few directions: an unlucky
+start hides an eigenvalue from the first few."""
 
 Reading = dict[str, Any]
 
@@ -129,24 +131,22 @@ class Gauge:
                 yield FiniteDifference(loss.gradient, loss.leaves, by_leaf=True)
 
     def _largest(self, name: str, operator: Operator) -> Reading:
-        (found,), _ = ritz_values(operator, tolerance=self._config.tolerance, most=self._config.most)
-        return _told(name, found, found.value)
+        how = self._config
+        return _told(name, ritz_value(operator, tolerance=how.tolerance, most=how.most, fewest=FEWEST))
 
     def _slot(self, tokens: Tensor, name: str) -> Reading:
         """Of one sequence (T + 1,)."""
         token = middle(tokens) if self._config.token is None else self._config.token
         loss, found = SlotLoss(self._model, tokens, name, token), {}
+        how = {"tolerance": self._config.tolerance, "most": self._config.most, "fewest": FEWEST_FOR_SLOTS}
         with loss.measuring():
-            for part in ("hessian", "gauss_newton", "curvature"):
-                (largest,), (smallest,) = ritz_values(
-                    getattr(loss, part)(),
-                    smallest=1,
-                    tolerance=self._config.tolerance,
-                    most=self._config.most,
-                    fewest=FEWEST_FOR_SLOTS,
-                )
-                far = max(largest, smallest, key=lambda end: abs(end.value))
-                found |= _told(part, far, abs(far.value))
+            for part, operator in (
+                ("hessian", loss.hessian),
+                ("gauss_newton", loss.gauss_newton),
+                ("curvature", loss.curvature),
+            ):
+                norm = ritz_value(operator(), modulus=True, **how)
+                found |= _told(part, replace(norm, value=abs(norm.value)))
         return found
 
     def _find_slots(self) -> list[str]:
@@ -193,8 +193,8 @@ def flat(reading: Reading) -> dict[str, float]:
     return found
 
 
-def _told(name: str, found: RitzValue, value: float) -> Reading:
-    numbers: Sequence[float] = (value, found.residual, found.error)
+def _told(name: str, found: RitzValue) -> Reading:
+    numbers = (found.value, found.residual, found.error)
     return dict(zip((name, f"{name}_residual", f"{name}_error"), map(_digits, numbers), strict=True))
 
 

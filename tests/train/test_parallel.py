@@ -32,6 +32,9 @@ from gptnorm.train.tensor_parallel import check_tensor_parallel
 
 EXACT = 1e-11
 FIFTY_STEPS = 1e-4
+BY_DIFFERENCES = 1e-5
+"""Relative, of eigenvalues in fp64: both iterations stop at an error of 1e-6, and six digits are told. (Products differ by
+2e-8, the root of the last place that differences of two gradients lose.)"""
 
 Case = dict[str, Any]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((2, 2), (4, 1))}
@@ -99,6 +102,9 @@ FAST = {
         laid_out("maps", 2, only=(1, 2), check="maps", strategy="prenorm"),
         laid_out("dropping", 2, only=(1, 2), check="dropping", strategy="prenorm", model={"dropout": 0.3}),
         laid_out("low-precision", 2, check="low_precision", strategy="simplenorm", parallel={"param_dtype": "bf16"}),
+        laid_out("gauge", 2, check="gauge", strategy="simplenorm", gauge={}),
+        laid_out("gauge-tied", 2, check="gauge", strategy="angpt", backbone="gpt2", own=PENALTY, gauge={}),
+        laid_out("gauge-experts", 2, check="gauge", strategy="prenorm", moe={**MOE, "balance": "none"}, gauge={}),
         laid_out("float8", 2, only=(2, 1), check="float8", strategy="simplenorm", train={"precision": "fp8"}),
         laid_out("float8-moe", 2, check="float8", strategy="prenorm", moe=MOE, train={"precision": "fp8"}),
     ),
@@ -231,6 +237,19 @@ def _judge_float8(case: Case, found: dict[str, Any]) -> None:
     assert found["gradient"][0] < 1e-6, found["gradient"]
 
 
+def _judge_gauge(case: Case, found: dict[str, Any]) -> None:
+    dense, spread = found.pop("dense"), found.pop("spread")
+    for one, other in zip(dense, spread, strict=True):
+        assert "gauge_refused" not in {**one, **other}
+        for key in ("hessian_max", "adam_sharpness", "adam_threshold"):
+            assert (key in one) == (key in other)
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=BY_DIFFERENCES), key
+    assert "adam_sharpness" in dense[1]
+    assert dense[1]["hessian_max"] != dense[0]["hessian_max"]
+    _judge_exact(case, found)
+
+
 JUDGES = {
     "steps": _judge_steps,
     "training": _judge_training,
@@ -238,6 +257,7 @@ JUDGES = {
     "maps": _judge_exact,
     "low_precision": _judge_low_precision,
     "float8": _judge_float8,
+    "gauge": _judge_gauge,
 }
 
 
