@@ -177,7 +177,7 @@ def lanczos(
     """
     space, krylov = operator.space, Krylov(operator, _draw(operator, seed) if start is None else start)
 
-    def wanted(values: Tensor) -> list[int]:
+    def wanted(values: Tensor, residuals: Tensor) -> list[int]:
         count = len(values)
         return [*range(count - largest, count), *range(smallest)] if count >= largest + smallest else []
 
@@ -222,25 +222,29 @@ def ritz_value(
     Meant for tolerances far above the dtype's rounding, near which the vectors lose their orthogonality.
 
     Args:
-        modulus: that of the largest modulus instead.
+        modulus: that of the largest modulus instead; it stops only where the other end is known to be less far out.
         tolerance, most: as for `lanczos`.
         fewest: products before it may stop.
     """
 
-    def wanted(values: Tensor) -> list[int]:
-        return [int(values.abs().argmax()) if modulus else len(values) - 1]
+    def wanted(values: Tensor, residuals: Tensor) -> list[int]:
+        ends = [len(values) - 1, 0] if modulus else [len(values) - 1]
+        far, *near = sorted(ends, key=lambda index: -abs(float(values[index])))
+        certain = all(abs(values[index]) + residuals[index] <= abs(values[far]) for index in near)
+        return [far] if certain else []
 
     krylov = Krylov(operator, _draw(operator, seed), whole=False)
     _iterate(krylov, wanted, tolerance, most, fewest)
     values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = _residuals(krylov, vectors)
-    errors, (index,) = _error(residuals, _gaps(values, residuals)), wanted(values)
+    errors = _error(residuals, _gaps(values, residuals))
+    index = int(values.abs().argmax()) if modulus else len(values) - 1
     value, residual, error = (float(column[index]) for column in (values, residuals, errors))
     return RitzValue(value=value, residual=residual, error=error, products=len(values))
 
 
-Wanted = Callable[[Tensor], list[int]]
-"""Which of the Ritz values, ascending, are to be found."""
+Wanted = Callable[[Tensor, Tensor], list[int]]
+"""Which of the Ritz values, ascending, are to be found, given these and their residuals; none: not known yet."""
 
 
 def _iterate(krylov: Krylov, wanted: Wanted, tolerance: float, most: int, fewest: int) -> None:
@@ -256,7 +260,7 @@ def _iterate(krylov: Krylov, wanted: Wanted, tolerance: float, most: int, fewest
 def _settled(krylov: Krylov, wanted: Wanted, tolerance: float) -> bool:
     values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = _residuals(krylov, vectors)
-    errors, indices = _error(residuals, _gaps(values, residuals)), wanted(values)
+    errors, indices = _error(residuals, _gaps(values, residuals)), wanted(values, residuals)
     return bool(indices) and bool((errors[indices] <= tolerance * values.abs().max()).all())
 
 

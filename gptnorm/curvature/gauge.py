@@ -50,9 +50,8 @@ from gptnorm.train.optim import Optimizers
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-FEWEST, FEWEST_FOR_SLOTS = 6, 4
-"""Products before an iteration may stop, over parameters and over one token's x, which has few directions: an unlucky
-start hides an eigenvalue from the first few."""
+FEWEST = 6
+"""Products before an iteration may stop: an unlucky start hides an eigenvalue from the first few."""
 
 Reading = dict[str, Any]
 
@@ -138,7 +137,7 @@ class Gauge:
         """Of one sequence (T + 1,)."""
         token = middle(tokens) if self._config.token is None else self._config.token
         loss, found = SlotLoss(self._model, tokens, name, token), {}
-        how = {"tolerance": self._config.tolerance, "most": self._config.most, "fewest": FEWEST_FOR_SLOTS}
+        how = {"tolerance": self._config.tolerance, "most": self._config.most, "fewest": FEWEST}
         with loss.measuring():
             for part, operator in (
                 ("hessian", loss.hessian),

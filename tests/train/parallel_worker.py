@@ -327,7 +327,7 @@ def _two_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
 def gauge(case: dict[str, Any], world: World) -> dict[str, Any]:
     """The gauge on the spread model, by differences, and on the dense one, by differentiating twice; both in fp64."""
     config, dtype = make_config(case), torch.float64
-    config = replace(config, gauge=GaugeConfig(every=1, sequences=ROWS, tolerance=1e-6, most=100, **case["gauge"]))
+    config = replace(config, gauge=GaugeConfig(every=1, tolerance=1e-6, most=100))
     dense, spread = dense_model(config, dtype), spread_model(config, world, dtype)
     shake(dense, spread)
     tokens = text(ROWS, LENGTH - 1)
