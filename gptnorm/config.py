@@ -28,6 +28,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUILT_IN_CORPORA = ("sotu", "stdlib")
 BUILT_IN_TOKENIZERS = ("bytes", "bpe")
 
+NO_SLOTS = ("none",)
+"""`gauge.slots` that stands for none."""
+
 BackboneName = Literal["gpt2", "llama2", "llama3"]
 WidthRuleName = Literal["none", "align", "mup"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -325,7 +328,7 @@ class GaugeConfig:
     of `parallel.data`."""
     slots: tuple[Text, ...] = ()
     """Modules in whose input the Hessian and its parts L and C are read, such as blocks.2.attn.q; a wrong name shows
-    which there are. Left out: those of the middle block. On several processes there are none."""
+    which there are, ["none"] is none. Left out: those of the middle block, on several processes none."""
     token: Count | None = None
     """The token of the first sequence at which slots are read. Left out: the middle one."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2
@@ -337,7 +340,7 @@ class GaugeConfig:
     or the first on one process and the second on several."""
 
     def __post_init__(self) -> None:
-        if self.slots and self.products == "differences":
+        if self.slots not in ((), NO_SLOTS) and self.products == "differences":
             raise bad_value("gauge.slots", list(self.slots), 'must be left out with gauge.products = "differences"')
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptnorm.config import Config
+from gptnorm.config import NO_SLOTS, Config
 from gptnorm.curvature.activation import SlotLoss, slots_of, used_once
 from gptnorm.curvature.adam import following_preconditioner, stability_threshold
 from gptnorm.curvature.algorithms import RitzValue, ritz_value
@@ -73,7 +73,8 @@ class Gauge:
         self._twice = mesh is None and config.gauge.products != "differences"
         if mesh is not None:
             _refuse_spread(config)
-        self.slots = self._find_slots() if config.gauge.every and self._twice else []
+        wanted = config.gauge.every > 0 and self._twice and config.gauge.slots != NO_SLOTS
+        self.slots = self._find_slots() if wanted else []
         """Names."""
 
     def due(self, update: int) -> bool:
@@ -174,7 +175,7 @@ class Gauge:
 def _refuse_spread(config: Config) -> None:
     """SharedError if a setting needs the whole model on one process."""
     gauge = config.gauge
-    if gauge.every and gauge.slots:
+    if gauge.every and gauge.slots not in ((), NO_SLOTS):
         raise SharedError(str(bad_value("gauge.slots", list(gauge.slots), "must be left out on several processes")))
     if gauge.every and gauge.products == "autograd":
         allowed = 'must be "auto" or "differences" under torchrun: sharded weights cannot be differentiated twice'

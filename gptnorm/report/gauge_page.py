@@ -7,7 +7,7 @@ from typing import Any
 
 from gptnorm.records import finite
 from gptnorm.report import page
-from gptnorm.report.format import MISSING, count_text, short_text
+from gptnorm.report.format import MISSING, count_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 
@@ -74,8 +74,9 @@ def _meanings(readings: list[dict[str, Any]]) -> list[str]:
     if not readings:
         return []
     found = [
-        "Before the update, on a few sequences of the step. As AdamW sees it: λ_max(P^-½ H P^-½), P that of the update; "
-        "above the threshold (2 + 2β₁) / ((1 - β₁) η) AdamW with P held still is unstable on a quadratic loss."
+        "With the weights before the update, on a few sequences of the step.",
+        "As AdamW sees it: λ_max(P^-½ H P^-½), P that of the update; above the threshold (2 + 2β₁) / ((1 - β₁) η) "
+        "AdamW with P held still is unstable on a quadratic loss.",
     ]
     if _slots(readings):
         found.append("Slots: spectral norms of H = L + C in what a module reads at one token.")
@@ -89,7 +90,7 @@ def _cost(lines: list[dict[str, Any]]) -> list[str]:
     total = max((value for row in lines if (value := finite(row.get("seconds")))), default=None)
     found = []
     if steps:
-        found.append(f"A reading took the time of {short_text(statistics.fmean(steps))} steps on average")
+        found.append(f"A reading took the time of {_text(statistics.fmean(steps))} steps on average")
     if spent and total:
         share = f"all {len(spent)} readings {sum(spent) / total:.1%} of the run's time"
         found = [f"{found[0]}, {share}" if found else f"{share[0].upper()}{share[1:]}"]
@@ -128,4 +129,4 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def _text(value: float | None) -> str:
-    return MISSING if value is None else short_text(value)
+    return MISSING if value is None else f"{value:#.3g}".rstrip(".")
