@@ -10,9 +10,9 @@ comes first changing from round to round, so that a slow minute of the machine h
 - differences: the same by differences of gradients (`gauge.products="differences"`).
 
 The cost is the median over rounds of this round's step with a reading over its step without, less 1, with quartiles; as
-a share of a run it is that over `gauge.every`. A step is forward, backward (in `train.accumulate` parts), clipping, AdamW
-and after_step. `apart` is how far the eigenvalues by differences are from those by differentiating twice, on the same
-weights: median and largest over rounds, relative. `peak` is the GPU's peak of memory.
+more time of a run it is that over `gauge.every`. A step is forward, backward (in `train.accumulate` parts), clipping,
+AdamW and after_step. `apart` is how far the eigenvalues by differences are from those by differentiating twice, on the
+same weights: median and largest over rounds, relative. `peak` is the GPU's peak of memory.
 
 The result goes to benchmarks/results/, with device, versions and commit.
 """
