@@ -11,8 +11,9 @@ comes first changing from round to round, so that a slow minute of the machine h
 
 The cost is the median over rounds of this round's step with a reading over its step without, less 1, with quartiles; as
 more time of a run it is that over `gauge.every`. A step is forward, backward (in `train.accumulate` parts), clipping,
-AdamW and after_step. `apart` is how far the eigenvalues by differences are from those by differentiating twice, on the
-same weights: median and largest over rounds, relative. `peak` is the GPU's peak of memory.
+AdamW and after_step. `apart` is how far readings, and eigenvalues by differences that are iterated to 1e-4, are from
+eigenvalues by differentiating twice that are, on the same weights: median and largest over rounds, relative. `peak` is
+the GPU's peak of memory.
 
 The result goes to benchmarks/results/, with device, versions and commit.
 """
@@ -48,6 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 WARM_UP = 5
 KINDS = ("unread", "reading", "sharpness", "differences")
 PARTS = ("hessian_max", "adam_sharpness")
+APART = ("reading", "differences")
 
 
 class Runner:
@@ -63,10 +65,13 @@ class Runner:
         prepare_blocks(self.model, train.recompute, compiled=train.compile, float8=train.precision == "fp8")
         self.optimizer = build_optimizer(self.model, config.optim)
         bare = replace(config.gauge, slots=NO_SLOTS)
+        exact = replace(bare, tolerance=1e-4, most=200)
         settings = {
             "reading": config.gauge,
             "sharpness": bare,
             "differences": replace(bare, products="differences"),
+            "exact": exact,
+            "exact differences": replace(exact, products="differences"),
         }
         self.gauges = {
             kind: Gauge(self.model, self.optimizer, replace(config, gauge=gauge)) for kind, gauge in settings.items()
@@ -110,13 +115,17 @@ class Runner:
             torch.cuda.synchronize(self.device)
         return clock() - start, torch.cuda.max_memory_allocated(self.device) if gpu else None, found
 
-    def apart(self) -> dict[str, float]:
-        """How far both ways are from each other on these weights."""
+    def apart(self) -> dict[str, dict[str, float]]:
+        """How far from eigenvalues to 1e-4 are, on these weights, a reading, and such eigenvalues by differences."""
         tokens = torch.from_numpy(self.sampler.batch(self.updates)).to(self.device)[: self.config.gauge.sequences]
         self.optimizer.zero_grad()
         self.model.objective(tokens).total.backward()
-        one, other = (self.gauges[kind].read(tokens, self.config.optim.lr) for kind in ("sharpness", "differences"))
-        return {key: abs(other[key] / one[key] - 1) for key in PARTS if key in one and key in other}
+        lr = self.config.optim.lr
+        exact, *others = (self.gauges[kind].read(tokens, lr) for kind in ("exact", "sharpness", "exact differences"))
+        return {
+            name: {key: abs(other[key] / exact[key] - 1) for key in PARTS if key in exact and key in other}
+            for name, other in zip(APART, others, strict=True)
+        }
 
 
 def main() -> None:
@@ -137,7 +146,7 @@ def main() -> None:
     for number in range(WARM_UP):
         runner.step(KINDS[number % len(KINDS)])
     found: dict[str, list[tuple[float, int | None]]] = {kind: [] for kind in KINDS}
-    apart: dict[str, list[float]] = {key: [] for key in PARTS}
+    apart: dict[str, dict[str, list[float]]] = {name: {key: [] for key in PARTS} for name in APART}
     refused = 0
     for turn in range(arguments.rounds):
         for place in range(len(KINDS)):
@@ -145,8 +154,9 @@ def main() -> None:
             seconds, peak, reading = runner.timed(kind)
             found[kind].append((seconds, peak))
             refused += "gauge_refused" in reading
-        for key, value in runner.apart().items():
-            apart[key].append(value)
+        for name, values in runner.apart().items():
+            for key, value in values.items():
+                apart[name][key].append(value)
     every = config.gauge.every
     row = {
         "strategy": config.model.strategy,
@@ -161,7 +171,7 @@ def main() -> None:
         "refused": refused,
         "step_ms": round(1e3 * statistics.median(seconds for seconds, _ in found["unread"]), 3),
         "steps": {kind: _cost(found[kind], found["unread"]) for kind in KINDS[1:]},
-        "apart": {key: {"median": statistics.median(v), "largest": max(v)} for key, v in apart.items() if v},
+        "apart": {name: {key: _apart(values) for key, values in parts.items()} for name, parts in apart.items()},
         "peak_MiB": {
             kind: None if (peak := times[-1][1]) is None else round(peak / 2**20, 1) for kind, times in found.items()
         },
@@ -184,6 +194,12 @@ def main() -> None:
     path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {path}")
+
+
+def _apart(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"median": float(f"{statistics.median(values):.2g}"), "largest": float(f"{max(values):.2g}")}
 
 
 def _cost(read: list[tuple[float, int | None]], unread: list[tuple[float, int | None]]) -> dict[str, Any]:
