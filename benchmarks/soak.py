@@ -39,6 +39,8 @@ SETTINGS = (
     "train.batch_size=4", "train.accumulate=2", "train.seq_len=32", "train.eval_every=70", "train.eval_batches=2",
     "checkpoint.every=5", "checkpoint.best=true", "guard.sigmas=6", "watch.every=50",
 )  # fmt: skip
+TIMES = ("seconds", "gauge_seconds", "gauge_steps")
+"""What a resumed run need not have the same."""
 LONGEST = 3.0
 """Seconds that a process is left alone at most: from its start, or from its first step."""
 STOPPED = {0: "ended", 143: "stopped"}
@@ -53,7 +55,7 @@ def launch(processes: int, *arguments: str) -> list[str]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

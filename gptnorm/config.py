@@ -28,6 +28,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 BUILT_IN_CORPORA = ("sotu", "stdlib")
 BUILT_IN_TOKENIZERS = ("bytes", "bpe")
 
+NO_SLOTS = ("none",)
+"""`gauge.slots` that stands for none."""
+
 BackboneName = Literal["gpt2", "llama2", "llama3"]
 WidthRuleName = Literal["none", "align", "mup"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -315,6 +318,33 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GaugeConfig:
+    """What is read of the loss's curvature while the run trains (metrics.jsonl; docs/curvature.md)."""
+
+    every: Count = 0
+    """Steps between readings, beside the first step; 0: none. A reading takes as long as some steps, which it says."""
+    sequences: Positive = 2
+    """Sequences of the step's first micro-batch that the Hessian is of; on several processes rounded up to a multiple
+    of `parallel.data`."""
+    slots: tuple[Text, ...] = ()
+    """Modules in whose input the Hessian and its parts L and C are read, such as blocks.2.attn.q; a wrong name shows
+    which there are, ["none"] is none. Left out: those of the middle block, on several processes none."""
+    token: Count | None = None
+    """The token of the first sequence at which slots are read. Left out: the middle one."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    """Relative error at which an eigenvalue is taken for found."""
+    most: Positive = 30
+    """Hessian products for an eigenvalue, after which it is left as it is."""
+    products: Literal["auto", "autograd", "differences"] = "auto"
+    """How: by differentiating twice, by differences of gradients (for kernels without a second derivative; no slots),
+    or the first on one process and the second on several."""
+
+    def __post_init__(self) -> None:
+        if self.slots not in ((), NO_SLOTS) and self.products == "differences":
+            raise bad_value("gauge.slots", list(self.slots), 'must be left out with gauge.products = "differences"')
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Where the run is written."""
 
@@ -339,6 +369,7 @@ class Config:
     guard: GuardConfig = GuardConfig()
     parallel: ParallelConfig = ParallelConfig()
     watch: WatchConfig = WatchConfig()
+    gauge: GaugeConfig = GaugeConfig()
     run: RunConfig = RunConfig()
     seed: Count = 0
     """Draws the weights and the order of the data."""
@@ -351,3 +382,9 @@ class Config:
             raise bad_value("parallel.tensor", self.parallel.tensor, allowed)
         if self.optim.warmup >= 1 and self.optim.warmup > self.train.steps:
             raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")
+        if self.gauge.token is not None and self.gauge.token >= self.train.seq_len:
+            allowed = f"must be 0 … {self.train.seq_len - 1}, a position of the sequence"
+            raise bad_value("gauge.token", self.gauge.token, allowed)
+        if self.gauge.every and self.parallel.param_dtype == "bf16":
+            allowed = 'must be 0 with parallel.param_dtype = "bf16": differences of gradients need weights in fp32'
+            raise bad_value("gauge.every", self.gauge.every, allowed)

@@ -18,6 +18,7 @@ each holds its own features ("part"). Three maps lead from one to the other; all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,6 +98,11 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 def cut_over(x: Tensor) -> tuple[str, ...]:
     """The axes of the mesh over which x is cut, by name."""
     return tuple(cut.name for cut in _cuts(x))
+
+
+def copies_of(x: Tensor, mesh: DeviceMesh) -> int:
+    """How many processes of the mesh hold each entry of x."""
+    return mesh.size() // math.prod(cut.size for cut in _cuts(x))
 
 
 def is_cut(x: Tensor, axis: int) -> bool:

@@ -96,6 +96,7 @@ class SlotLoss:
         with self.measuring(), torch.no_grad():
             self.x, self.y = self._read()
         self.space = Space([self.x])
+        self._output_hessian: Hessian | None = None
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -115,8 +116,10 @@ class SlotLoss:
         return self._at(self.x, before=True)
 
     def output_hessian(self) -> Hessian:
-        """H_yy."""
-        return self._at(self.y, before=False)
+        """H_yy; one operator, whose graph is kept, for all that is made of it."""
+        if self._output_hessian is None:
+            self._output_hessian = self._at(self.y, before=False)
+        return self._output_hessian
 
     def gradient(self) -> Tensor:
         """∂ℓ/∂x, of the shape of x."""

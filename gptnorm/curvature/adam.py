@@ -20,6 +20,7 @@ from torch import Tensor
 from gptnorm.config import OptimConfig
 from gptnorm.errors import UserError
 from gptnorm.model import GPT
+from gptnorm.sharding import here
 from gptnorm.train.checkpoint import load_checkpoint
 from gptnorm.train.optim import Optimizers, build_optimizer
 
@@ -30,18 +31,12 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
     Raises:
         UserError: a leaf is not AdamW's, or has not been updated yet.
     """
-    found: dict[int, Tensor] = {}
-    for part in optimizers.parts:
-        if not isinstance(part, torch.optim.AdamW):
-            continue
-        for group in part.param_groups:
-            for parameter in group["params"]:
-                state = part.state.get(parameter)
-                if state and state["exp_avg_sq"].any():
-                    found[id(parameter)] = _inverse_root(state, group)
-    if any(id(leaf) not in found for leaf in leaves):
+    known = _moments(optimizers).items()
+    moments = {id(leaf): pair for leaf, pair in known if pair[0]["exp_avg_sq"].any()}
+    if any(id(leaf) not in moments for leaf in leaves):
         raise UserError("curvature: AdamW has no second moments of some of these parameters; has it updated them?")
-    return torch.cat([found[id(leaf)].reshape(-1).to(leaf) for leaf in leaves])
+    found = [_inverse_root(state, group, None).to(leaf) for leaf in leaves for state, group in [moments[id(leaf)]]]
+    return torch.cat([scale.reshape(-1) for scale in found])
 
 
 def next_update(optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -52,10 +47,9 @@ def next_update(optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Seq
         leaves: AdamW's, updated before.
         gradients: of each, clipped as training would.
     """
-    groups = {id(parameter): group for group in optimizers.param_groups for parameter in group["params"]}
-    found = []
+    moments, found = _moments(optimizers), []
     for leaf, g in zip(leaves, gradients, strict=True):
-        group, state = groups[id(leaf)], optimizers.state[leaf]
+        state, group = moments[leaf]
         (beta1, beta2), step = group["betas"], float(state["step"]) + 1
         m = state["exp_avg"].lerp(g, 1 - beta1) / (1 - beta1**step)
         v = state["exp_avg_sq"].lerp(g.square(), 1 - beta2) / (1 - beta2**step)
@@ -63,9 +57,38 @@ def next_update(optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Seq
     return found
 
 
-def _inverse_root(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+def following_preconditioner(optimizers: Optimizers, parameters: Sequence[Tensor]) -> Tensor | None:
+    """As `preconditioner`, but P of the update that the parameters' gradients are about to make; 0 where it is not
+    AdamW's, so that only what AdamW updates counts. Of parameters that are spread over processes, this one's parts.
+
+    None before AdamW's first update: P would be the gradient's size alone.
+    """
+    moments, found, some = _moments(optimizers), [], False
+    for parameter in parameters:
+        local = here(parameter.detach())
+        if parameter in moments and parameter.grad is not None:
+            found.append(_inverse_root(*moments[parameter], here(parameter.grad)).to(local))
+            some = True
+        else:
+            found.append(torch.zeros_like(local))
+    return torch.cat([scale.reshape(-1) for scale in found]) if some else None
+
+
+def _moments(optimizers: Optimizers) -> dict[Tensor, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """AdamW's state of each parameter that it has updated, and the parameter's group."""
+    parts = [part for part in optimizers.parts if isinstance(part, torch.optim.AdamW)]
+    pairs = [(parameter, group) for part in parts for group in part.param_groups for parameter in group["params"]]
+    state = optimizers.state
+    return {parameter: (state[parameter], group) for parameter, group in pairs if state.get(parameter)}
+
+
+def _inverse_root(state: dict[str, Tensor], group: dict[str, Any], gradient: Tensor | None) -> Tensor:
+    """Of the last update, or of the one that the gradient is about to make."""
     _, beta2 = group["betas"]
-    second = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))
+    second, step = here(state["exp_avg_sq"]).double(), float(state["step"])
+    if gradient is not None:
+        second, step = beta2 * second + (1 - beta2) * gradient.double().square(), step + 1
+    second = second / (1 - beta2**step)
     return (group["lr_factor"] / (second.sqrt() + group["eps"])).sqrt()
 
 

@@ -4,6 +4,7 @@ r"""What can be learned of a symmetric operator from its products.
 |---|---|---|
 | `power_iteration` | the eigenvalue of largest modulus | its residual $r = \lVert A v - \lambda v \rVert$ |
 | `lanczos` | the largest and smallest eigenvalues | each one's residual, and $r^2$ over its gap to the others |
+| `ritz_value` | the largest, in the memory of three vectors | the recurrence's own residual, and the same |
 | `spectral_density` | the distribution of eigenvalues | the spread over probes |
 | `hutchinson`, `hutch_pp` | the trace | the standard error over probes |
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gptnorm.curvature.operators import Operator
+from gptnorm.curvature.vectors import Space
 from gptnorm.errors import UserError
 
 MOST_STEPS = 200
@@ -64,12 +66,13 @@ def power_iteration(
         tolerance: of the residual, relative to the value; it stops there, or after `most` products.
         start: a vector to begin with, not 0; None: drawn from the seed.
     """
-    v = _unit(_draw(operator, seed) if start is None else start)
+    space = operator.space
+    v = _unit(space, _draw(operator, seed) if start is None else start)
     for count in range(1, most + 1):
         w = operator(v)
-        value = float(v @ w)
-        residual = float((w - value * v).norm())
-        length = w.norm()
+        value = float(space.inner(v, w))
+        residual = float(space.norm(w - value * v))
+        length = space.norm(w)
         if residual <= tolerance * abs(value) or length == 0 or count == most:
             return Eigenpair(value=value, vector=v, residual=residual, error=residual, products=count)
         v = w / length
@@ -99,41 +102,53 @@ def eigen(alphas: Sequence[float], betas: Sequence[float]) -> tuple[Tensor, Tens
 
 
 class Krylov:
-    """A Lanczos recurrence that can go on, with full reorthogonalisation: it keeps a vector for each step."""
+    """A Lanczos recurrence that can go on.
 
-    def __init__(self, operator: Operator, start: Tensor) -> None:
-        self._operator = operator
-        self._kept = _unit(start)[None]
+    Args:
+        whole: keep a vector for each step and make each new one orthogonal to all of them. If not, two are kept: the
+            ends of the spectrum still come out, some of them again later on, as copies (Paige 1980), without vectors.
+    """
+
+    def __init__(self, operator: Operator, start: Tensor, *, whole: bool = True) -> None:
+        self._operator, self._space, self._whole = operator, operator.space, whole
+        self._kept = _unit(self._space, start)[None]
         self._count = 1
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
     def step(self) -> bool:
         """One product more; False if the space is invariant, so that nothing is left to find."""
-        basis = self._kept[: self._count]
+        space, basis = self._space, self._kept[: self._count]
         w = self._operator(basis[-1])
-        self.alphas.append(float(basis[-1] @ w))
+        self.alphas.append(float(space.inner(basis[-1], w)))
         if not math.isfinite(self.alphas[-1]):
             raise UserError("curvature: a Hessian product is not finite; are the weights?")
         for _ in range(2):  # twice is enough: once leaves an error of the size of what was taken away
-            w = w - basis.mT @ (basis @ w)
-        beta = float(w.norm())
+            w = w - basis.mT @ space.inner(basis, w)
+        beta = float(space.norm(w))
         self.betas.append(beta)
         scale = max(map(abs, (*self.alphas, *self.betas)))
-        if self._count == self._operator.space.size or beta <= 16 * torch.finfo(w.dtype).eps * scale:
+        if len(self.alphas) == space.dimension or beta <= 16 * torch.finfo(w.dtype).eps * scale:
             self.betas[-1] = 0.0
             return False
-        if self._count == len(self._kept):
-            room = min(2 * self._count, self._operator.space.size) - self._count
-            self._kept = torch.cat([self._kept, self._kept.new_empty(room, len(w))])
-        self._kept[self._count] = w / beta
-        self._count += 1
+        self._keep(w / beta)
         return True
 
     @property
     def found(self) -> Tridiagonal:
         """What the steps so far have found."""
+        assert self._whole, "vectors were not kept"
         return Tridiagonal(alphas=list(self.alphas), betas=list(self.betas), basis=self._kept[: len(self.alphas)])
+
+    def _keep(self, v: Tensor) -> None:
+        if not self._whole:
+            self._kept, self._count = torch.stack((self._kept[-1], v)), 2
+            return
+        if self._count == len(self._kept):
+            room = min(2 * self._count, self._space.dimension) - self._count
+            self._kept = torch.cat([self._kept, self._kept.new_empty(room, len(v))])
+        self._kept[self._count] = v
+        self._count += 1
 
 
 def lanczos(
@@ -160,20 +175,21 @@ def lanczos(
         The largest, descending, and the smallest, ascending; fewer where the space is exhausted. Each residual is that
         of a product more: the recurrence's own, in fp32, falls below what rounding leaves.
     """
-    krylov, settled = Krylov(operator, _draw(operator, seed) if start is None else start), 0
-    for count in range(1, most + 1):
-        more = krylov.step()
-        settled = settled + 1 if _settled(krylov, largest, smallest, tolerance) else 0
-        if not more or count == most or (settled > 1 and count >= FEWEST_STEPS):
-            break
+    space, krylov = operator.space, Krylov(operator, _draw(operator, seed) if start is None else start)
+
+    def wanted(values: Tensor, residuals: Tensor) -> list[int]:
+        count = len(values)
+        return [*range(count - largest, count), *range(smallest)] if count >= largest + smallest else []
+
+    _iterate(krylov, wanted, tolerance, most, FEWEST_STEPS)
     found = krylov.found
     values, vectors = found.eigen()
     count, gaps = len(values), _gaps(values, _residuals(found, vectors))
     ends = [*(count - 1 - i for i in range(min(largest, count))), *range(min(smallest, count))]
 
     def pair(index: int) -> Eigenpair:
-        v, value = _unit(found.basis.mT @ vectors[:, index].to(found.basis)), float(values[index])
-        residual = (operator(v) - value * v).norm().double()
+        v, value = _unit(space, found.basis.mT @ vectors[:, index].to(found.basis)), float(values[index])
+        residual = space.norm(operator(v) - value * v).double()
         error = float(_error(residual, gaps[index].to(residual)))
         return Eigenpair(value=value, vector=v, residual=float(residual), error=error, products=count + len(ends))
 
@@ -181,14 +197,71 @@ def lanczos(
     return pairs[: min(largest, count)], pairs[min(largest, count) :]
 
 
-def _settled(krylov: Krylov, largest: int, smallest: int, tolerance: float) -> bool:
-    if len(krylov.alphas) < largest + smallest:
-        return False
+@dataclass(frozen=True, kw_only=True)
+class RitzValue:
+    """An eigenvalue without its vector; as `Eigenpair`, but with the recurrence's own residual."""
+
+    value: float
+    residual: float
+    error: float
+    products: int
+
+
+def ritz_value(
+    operator: Operator,
+    *,
+    modulus: bool = False,
+    tolerance: float = 1e-3,
+    most: int = MOST_STEPS,
+    fewest: int = FEWEST_STEPS,
+    seed: int = 0,
+) -> RitzValue:
+    """The largest eigenvalue, with three vectors in memory in place of one for each product, and no product for its
+    residual.
+
+    Meant for tolerances far above the dtype's rounding, near which the vectors lose their orthogonality.
+
+    Args:
+        modulus: that of the largest modulus instead; it stops only where the other end is known to be less far out.
+        tolerance, most: as for `lanczos`.
+        fewest: products before it may stop.
+    """
+
+    def wanted(values: Tensor, residuals: Tensor) -> list[int]:
+        ends = [len(values) - 1, 0] if modulus else [len(values) - 1]
+        far, *near = sorted(ends, key=lambda index: -abs(float(values[index])))
+        certain = all(abs(values[index]) + residuals[index] <= abs(values[far]) for index in near)
+        return [far] if certain else []
+
+    krylov = Krylov(operator, _draw(operator, seed), whole=False)
+    _iterate(krylov, wanted, tolerance, most, fewest)
     values, vectors = eigen(krylov.alphas, krylov.betas)
     residuals = _residuals(krylov, vectors)
     errors = _error(residuals, _gaps(values, residuals))
-    wanted = [*range(len(values) - largest, len(values)), *range(smallest)]
-    return bool((errors[wanted] <= tolerance * values.abs().max()).all())
+    index = int(values.abs().argmax()) if modulus else len(values) - 1
+    value, residual, error = (float(column[index]) for column in (values, residuals, errors))
+    return RitzValue(value=value, residual=residual, error=error, products=len(values))
+
+
+Wanted = Callable[[Tensor, Tensor], list[int]]
+"""Which of the Ritz values, ascending, are to be found, given these and their residuals; none: not known yet."""
+
+
+def _iterate(krylov: Krylov, wanted: Wanted, tolerance: float, most: int, fewest: int) -> None:
+    """Steps until all that is wanted was settled twice running, nothing is left to find, or `most` products."""
+    settled = 0
+    for count in range(1, most + 1):
+        more = krylov.step()
+        settled = settled + 1 if _settled(krylov, wanted, tolerance) else 0
+        if not more or (settled > 1 and count >= fewest):
+            break
+
+
+def _settled(krylov: Krylov, wanted: Wanted, tolerance: float) -> bool:
+    values, vectors = eigen(krylov.alphas, krylov.betas)
+    residuals = _residuals(krylov, vectors)
+    errors, indices = _error(residuals, _gaps(values, residuals)), wanted(values, residuals)
+    return bool(indices) and bool((errors[indices] <= tolerance * values.abs().max()).all())
 
 
 def _residuals(found: Tridiagonal | Krylov, vectors: Tensor) -> Tensor:
@@ -278,32 +351,33 @@ def hutch_pp(operator: Operator, *, probes: int = 32, seed: int = 0) -> Trace:
     third = max(1, probes // 3)
     generator = torch.Generator().manual_seed(seed)
     # Normal vectors, not signs: in few dimensions those may be equal.
-    sketch = torch.stack([operator(operator.space.draw(generator)) for _ in range(min(third, operator.space.size))])
-    q = _orthonormal(sketch)
+    space = operator.space
+    sketch = torch.stack([operator(space.draw(generator)) for _ in range(min(third, space.dimension))])
+    q = _orthonormal(space, sketch)
     exact = sum(_form(operator, row) for row in q)
     found = []
     for _ in range(third):
         z = _signs(operator, generator)
-        found.append(_form(operator, z - q.mT @ (q @ z)))
+        found.append(_form(operator, z - q.mT @ space.inner(q, z)))
     value, error = _mean_and_error(found)
     return Trace(value=exact + value, error=error, products=2 * len(q) + third)
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
+def _orthonormal(space: Space, rows: Tensor) -> Tensor:
     """An orthonormal basis of what the rows span, in their place: Gram-Schmidt, twice."""
     count = 0
     for index in range(len(rows)):
-        row, length = rows[index], rows[index].norm()
+        row, length = rows[index], space.norm(rows[index])
         for _ in range(2):
-            row = row - rows[:count].mT @ (rows[:count] @ row)
-        if row.norm() > 16 * torch.finfo(rows.dtype).eps * length:
-            rows[count] = row / row.norm()
+            row = row - rows[:count].mT @ space.inner(rows[:count], row)
+        if space.norm(row) > 16 * torch.finfo(rows.dtype).eps * length:
+            rows[count] = _unit(space, row)
             count += 1
     return rows[:count]
 
 
 def _form(operator: Operator, v: Tensor) -> float:
-    return float(v @ operator(v))
+    return float(operator.space.inner(v, operator(v)))
 
 
 def _draw(operator: Operator, seed: int) -> Tensor:
@@ -314,8 +388,8 @@ def _signs(operator: Operator, generator: torch.Generator) -> Tensor:
     return operator.space.draw(generator).sign()
 
 
-def _unit(v: Tensor) -> Tensor:
-    return v / v.norm()
+def _unit(space: Space, v: Tensor) -> Tensor:
+    return v / space.norm(v)
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

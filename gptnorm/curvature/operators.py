@@ -234,6 +234,10 @@ class FiniteDifference:
         extrapolated: whether to take the differences at h and h / 2, from whose combination the error of order $h^2$
             falls out (Richardson), for twice the gradients.
         size: a norm to take in place of that of the leaves, which may be offsets from something.
+        space: of the leaves, if they are parts of tensors that are spread over processes.
+        by_leaf: whether v is scaled so that no leaf moves by more than h of its own norm, with h = $\epsilon^{3/5}$ by
+            default. A vector that lives in a few entries, as an eigenvector may, would otherwise move these by many
+            times their size; for the same reason h is smaller.
     """
 
     def __init__(
@@ -244,21 +248,22 @@ class FiniteDifference:
         step: float | None = None,
         size: Tensor | None = None,
         extrapolated: bool = False,
+        space: Space | None = None,
+        by_leaf: bool = False,
     ) -> None:
-        self.space, self._size, self._extrapolated = Space(leaves), size, extrapolated
+        self.space, self._size, self._extrapolated = space or Space(leaves), size, extrapolated
+        self._by_leaf = by_leaf
         self.doubt: Tensor | None = None
         """How far apart the two estimates of the last extrapolated product are: no less than their error, as a rule."""
         self._gradient, self._leaves = gradient, list(leaves)
-        self._step = torch.finfo(self.space.dtype).eps ** 0.4 if step is None else step
+        self._step = torch.finfo(self.space.dtype).eps ** (0.6 if by_leaf else 0.4) if step is None else step
 
     def __call__(self, v: Tensor) -> Tensor:
-        length = v.norm()
+        length = self.space.norm(v)
         if length == 0:
             return torch.zeros_like(v)
         before = [leaf.detach().clone() for leaf in self._leaves]
-        scale = self.space.join(before).norm() if self._size is None else self._size
-        h = self._step * (scale if scale > 0 else torch.ones_like(scale)) / length
-        parts = self.space.split(v)
+        h, parts = self._step / self._share(v, before, length), self.space.split(v)
         try:
             found = self._central(before, parts, h)
             if not self._extrapolated:
@@ -268,6 +273,15 @@ class FiniteDifference:
             return half + self.doubt / 3
         finally:
             self._move(before, parts, torch.zeros_like(h))
+
+    def _share(self, v: Tensor, before: Sequence[Tensor], length: Tensor) -> Tensor:
+        """How long v is beside what it moves."""
+        flat = self.space.join(before)
+        if self._by_leaf:
+            moved, sizes = self.space.norms(v), self.space.norms(flat)
+            return (moved / torch.where(sizes > 0, sizes, self.space.norm(flat))).max()
+        scale = self.space.norm(flat) if self._size is None else self._size
+        return length / (scale if scale > 0 else torch.ones_like(scale))
 
     def _central(self, before: Sequence[Tensor], parts: Sequence[Tensor], h: Tensor) -> Tensor:
         return (self._at(before, parts, h) - self._at(before, parts, -h)) / (2 * h)

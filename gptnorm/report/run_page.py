@@ -9,6 +9,7 @@ from typing import Any
 from gptnorm.records import finite, read_config, read_lines, read_object_if_there
 from gptnorm.report import page
 from gptnorm.report.format import count_text, duration_text, loss_text, value_text
+from gptnorm.report.gauge_page import gauge_sections
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.run_plot import run_curves
 from gptnorm.report.shared import environment_pairs, setting_table
@@ -38,6 +39,7 @@ def run_page(folder: Path) -> str:
     if plot is not None:
         alt = "Training and validation loss over steps, and the learning rate below."
         content.append(page.section("Loss", [page.figure(plot, alt)]))
+    content += gauge_sections(metrics)
     content += watch_sections(read_lines(folder / "watch.jsonl"))
     if config:
         content.append(page.details(f"Settings ({len(config)})", [setting_table(config)]))

@@ -28,7 +28,7 @@ Axes = dict[str, tuple[Any, ...]]
 RESERVED = ("model.strategy", "optim.lr", "seed")
 """Settings that every study sets from cell to cell."""
 
-FIXED = ("data.", "run.", "checkpoint.", "watch.", "parallel.", "study.")
+FIXED = ("data.", "run.", "checkpoint.", "watch.", "gauge.", "parallel.", "study.")
 """Tables whose settings are the same in all cells, but for `TEXT` from place to place, each of which is a comparison of
 its own: the runs would not be comparable, or not be made otherwise."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptnorm.config import Config
+from gptnorm.curvature.gauge import Gauge, flat
 from gptnorm.data import Shards
 from gptnorm.environment import describe_environment
 from gptnorm.errors import SharedError, UserError, bad_value
@@ -30,6 +31,7 @@ from gptnorm.train.inputs import autocast, check_ids, check_vocab, open_batches,
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
 from gptnorm.train.optim import build_optimizer
+from gptnorm.train.pace import Pace
 from gptnorm.train.parallel import World, clip_gradients, close_world, mean_over_data, open_world, parallelize
 from gptnorm.train.progress import Silent, Watcher
 from gptnorm.train.resume import choose_checkpoint
@@ -177,6 +179,10 @@ class _Trainer:
         # It reads gains and updates of whole weights, which no process has where they are sharded.
         watch = config.watch if world.mesh is None else replace(config.watch, every=0)
         self.watch = Watch(self.model, watch, self._autocast)
+        self.gauge = Gauge(self.model, self.optimizer, config, world.mesh)
+        self.pace = Pace()
+        self.refused = False
+        """Whether it was said that a reading of the gauge was refused."""
         self.step = 0
         self.seconds = 0.0
         self.val_loss: float | None = None
@@ -272,7 +278,7 @@ class _Trainer:
 
     def _update(self, folder: RunFolder, board: TensorBoard, started: float) -> None:
         """One update of the weights, unless the guard leaves it out."""
-        config, update = self.config, self.step + 1
+        config, update, began = self.config, self.step + 1, time.monotonic()
         micros = self._micro_batches(self.step)
         if self.step == 0:
             with self._autocast():
@@ -297,6 +303,7 @@ class _Trainer:
         if self.guard.nonfinite_at:
             return
         self.optimizer.set_lr(lr)
+        curvature = self._read_gauge(update, lr)
         self.watch.before_step(update, micros[0])
         self.optimizer.step(leave_out)
         self.model.after_step()
@@ -306,16 +313,42 @@ class _Trainer:
             folder.log_watch(step=self.step, **reading)
             board.log(self.step, "watch", summarize(reading))
 
+        self.pace.add(time.monotonic() - began - curvature.get("gauge_seconds", 0.0), waited=numbers is not None)
         self.seconds = time.monotonic() - started
-        if numbers is not None and self._logs(update):
+        if numbers is not None and (self._logs(update) or curvature):
             tokens_seen = update * config.train.batch_size * config.train.seq_len
             seen = [Routing(*(mean_over_data(field, self.world) for field in routing)) for routing in routings]
             values = {"loss": numbers[0], "lr": lr, "grad_norm": numbers[1], **describe_routing(seen)}
             if config.guard.sigmas is not None:
                 values["skipped"] = self.guard.skipped
             self.watcher.step(update, numbers[0], tokens_seen / max(self.seconds, 1e-9))
-            folder.log(step=update, split="train", **values, tokens=tokens_seen, seconds=round(self.seconds, 3))
+            seconds = round(self.seconds, 3)
+            folder.log(step=update, split="train", **values, **curvature, tokens=tokens_seen, seconds=seconds)
             board.log(update, "train", values)
+            board.log(update, "gauge", flat(curvature))
+
+    def _read_gauge(self, update: int, lr: float) -> dict[str, Any]:
+        """The gauge's reading and what it cost, if it is due: seconds, and as many steps as take as long."""
+        if not self.gauge.due(update):
+            return {}
+        began = time.monotonic()
+        reading = self.gauge.read(self._gauged(), lr)
+        if "gauge_refused" in reading and not self.refused:
+            self.refused = True
+            self.watcher.note(update, f"gauge: no reading: {reading['gauge_refused']}")
+        seconds = time.monotonic() - began
+        cost = {"gauge_seconds": float(f"{seconds:.3g}")}
+        if self.pace.step is not None:
+            cost["gauge_steps"] = float(f"{seconds / self.pace.step:.3g}")
+        return {**reading, **cost}
+
+    def _gauged(self) -> Tensor:
+        """This process's rows of the sequences that the gauge reads: the first ones, whatever the layout."""
+        world, train = self.world, self.config.train
+        rows = self.sampler.batch(self.step)[: train.batch_size // train.accumulate]
+        count = world.data_size * -(-self.config.gauge.sequences // world.data_size)
+        own = np.split(rows[:count], world.data_size)[world.data_rank]
+        return self._to_device(check_ids(np.ascontiguousarray(own), self.vocab))
 
     def _logs(self, update: int) -> bool:
         return self._due(self.config.train.log_every, update) or update == self.config.train.steps
@@ -323,7 +356,8 @@ class _Trainer:
     def _looks(self, update: int) -> bool:
         """Whether the host waits for this update's numbers: to log them, or because something rests on the weights."""
         rests = (self.config.train.eval_every, self.config.checkpoint.every)
-        return self._logs(update) or self.watch.due(update) or any(self._due(every, update) for every in rests)
+        now_and_then = self.watch.due(update) or self.gauge.due(update)
+        return self._logs(update) or now_and_then or any(self._due(every, update) for every in rests)
 
     def _micro_batches(self, step: int) -> list[Tensor]:
         """This process's rows of each micro-batch."""

@@ -18,6 +18,7 @@ class Watcher(Protocol):
     def start(self, step: int, steps: int) -> None: ...
     def step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
     def validation(self, step: int, loss: float) -> None: ...
+    def note(self, step: int, words: str) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -27,6 +28,7 @@ class Silent:
     def start(self, step: int, steps: int) -> None: ...
     def step(self, step: int, loss: float, tokens_per_second: float) -> None: ...
     def validation(self, step: int, loss: float) -> None: ...
+    def note(self, step: int, words: str) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -54,6 +56,9 @@ class Bar:
     def validation(self, step: int, loss: float) -> None:
         self._progress.console.print(f"step {step}: validation loss {loss:.4f}")
 
+    def note(self, step: int, words: str) -> None:
+        self._progress.console.print(f"step {step}: {words}", highlight=False, markup=False)
+
     def stop(self) -> None:
         self._progress.stop()
 
@@ -78,10 +83,13 @@ class Lines:
     def validation(self, step: int, loss: float) -> None:
         self._print(f"step {step}/{self._steps}  validation loss {loss:.4f}")
 
+    def note(self, step: int, words: str) -> None:
+        self._print(f"step {step}/{self._steps}  {words}")
+
     def stop(self) -> None: ...
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, highlight=False)
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def make_watcher(console: Console) -> Watcher:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dense import batch, model
+from dense import OnceDifferentiable, batch, model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,21 +15,6 @@ from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.rates import critical_rate
 from gptnorm.curvature.reading import check_products, measure_slots
 from gptnorm.errors import UserError
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """silu with the right gradient, whose own derivative is silently that of a constant factor: a kernel that saves its
-    slope and multiplies by it, as hand-written ones do."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x.sigmoid() * (1 + x * (1 - x.sigmoid())))
-        return x * x.sigmoid()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (slope,) = ctx.saved_tensors
-        return grads[0] * slope
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

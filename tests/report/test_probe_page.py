@@ -124,3 +124,50 @@ def test_run_page_without_a_whole_reading(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", final=3.21)
     (folder / "watch.jsonl").write_text('{"step": 1, "stream_norm"')
     assert "Norms while training" not in Page(report.write_run_report(folder)).text
+
+
+def gauged(step: int, **changes: object) -> dict[str, object]:
+    numbers = {"hessian": 2e-3, "gauss_newton": 1e-3, "curvature": 4e-3}
+    return {
+        "step": step,
+        "split": "train",
+        "loss": 3.0,
+        "seconds": 10.0 * step,
+        "hessian_max": 12.0,
+        "adam_sharpness": 900.0,
+        "adam_threshold": 3800.0,
+        "slots": {f"blocks.2.{name}": numbers for name in ("attn.q", "ffn.<up>")},
+        "gauge_seconds": 2.0,
+        "gauge_steps": 8.0,
+        **changes,
+    }
+
+
+def test_run_page_shows_the_gauge(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", final=3.21)
+    plain = Page(report.write_run_report(folder))
+    assert "Curvature while training" not in plain.text
+    early = gauged(1)
+    del early["adam_sharpness"], early["adam_threshold"], early["gauge_steps"]
+    odd = {"step": 4, "split": "train", "loss": 3.0, "gauge_refused": "too <rough>", "gauge_seconds": 2.0}
+    broken = gauged(5, slots=7, adam_sharpness="x", hessian_max=1.0)
+    lines = [early, gauged(2), gauged(3), odd, broken, gauged(10, slots={"blocks.2.attn.q": None})]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(report.write_run_report(folder))
+    assert "Curvature while training" in page.text
+    assert len(page.images) == len(plain.images) + 6
+    # Twelve seconds of the 100 of step 10.
+    assert "A reading took the time of 8.00 steps on average, all 6 readings 12.0% of the run's time." in page.text
+    assert "No reading at step 4: too <rough>." in page.text
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_run_page_where_every_reading_was_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", final=3.21)
+    plain = Page(report.write_run_report(folder))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, "split": "train", "loss": 3.0, "gauge_refused": "no"}) + "\n")
+    page = Page(report.write_run_report(folder))
+    assert "No reading at step 1: no." in page.text
+    assert len(page.images) == len(plain.images)

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptnorm.config import Config, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from gptnorm.config import Config, GaugeConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from gptnorm.curvature.gauge import Gauge
+from gptnorm.curvature.vectors import Space, SpreadSpace
 from gptnorm.model import GPT, build_gpt
 from gptnorm.norms import Norm, NormModule
 from gptnorm.sharding import Sharers, as_spread, cut_over, enter, gather, here, leave, part_of, whole
@@ -28,6 +30,7 @@ from gptnorm.strategies import find_strategy
 from gptnorm.strategies.registry import preset_options
 from gptnorm.train import parallel
 from gptnorm.train.blocks import prepare_blocks
+from gptnorm.train.optim import build_optimizer
 from gptnorm.train.parallel import World, clip_gradients, close_world, mean_over_data, open_world, parallelize
 
 VOCAB, LENGTH, ROWS = 64, 16, 4
@@ -321,7 +324,44 @@ def _two_derivatives(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
     return [y.detach(), first.detach(), second]
 
 
-CHECKS = {check.__name__: check for check in (steps, training, dropping, low_precision, float8, maps)}
+def gauge(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """The gauge on the spread model, by differences, and on the dense one, by differentiating twice; both in fp64."""
+    config, dtype = make_config(case), torch.float64
+    config = replace(config, gauge=GaugeConfig(every=1, tolerance=1e-6, most=100))
+    dense, spread = dense_model(config, dtype), spread_model(config, world, dtype)
+    shake(dense, spread)
+    tokens = text(ROWS, LENGTH - 1)
+    own = own_rows(tokens, world)
+    models = ((dense, tokens, None), (spread, own, world.mesh))
+    readings, worst = [], Worst()
+    for model, rows, mesh in models:
+        optimizers = build_optimizer(model, config.optim)
+        for _ in range(2):
+            optimizers.zero_grad()
+            model.calibrate(rows)
+            model.objective(rows).total.backward()
+            before = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+            readings.append(Gauge(model, optimizers, config, mesh).read(rows, 1e-3))
+            for (name, p), (weight, gradient) in zip(model.named_parameters(), before, strict=True):
+                assert p.grad is not None, name
+                assert gradient is not None, name
+                same = torch.equal(here(p.detach()), here(weight)) and torch.equal(here(p.grad), here(gradient))
+                worst.see("left alone", 0.0 if same else 1.0, name)
+            optimizers.set_lr(1e-3)
+            optimizers.step()
+    assert world.mesh is not None
+    spaces = Space(list(dense.parameters())), SpreadSpace(list(spread.parameters()), world.mesh)
+    v, w = (space.draw(torch.Generator().manual_seed(5)) for space in spaces)
+    for (name, p), a, b in zip(spread.named_parameters(), spaces[0].split(v), spaces[1].split(w), strict=True):
+        worst.relative("drawn", b, part_of(a, like=p.detach()), name) if b.numel() else None
+    worst.relative("norm", spaces[1].norm(w), v.norm())
+    worst.relative("norms", spaces[1].norms(w), spaces[0].norms(v))
+    worst.relative("inner", spaces[1].inner(torch.stack((w, w.abs())), w), torch.stack((v @ v, v.abs() @ v)))
+    assert spaces[1].dimension == spaces[0].dimension
+    return {"dense": readings[:2], "spread": readings[2:], **worst.found}
+
+
+CHECKS = {check.__name__: check for check in (steps, training, dropping, low_precision, float8, maps, gauge)}
 
 
 def main(cases: Path, results: Path) -> None:

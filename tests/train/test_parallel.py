@@ -32,6 +32,9 @@ from gptnorm.train.tensor_parallel import check_tensor_parallel
 
 EXACT = 1e-11
 FIFTY_STEPS = 1e-4
+BY_DIFFERENCES = 1e-5
+"""Relative, of eigenvalues in fp64: both iterations stop at an error of 1e-6, and six digits are told. (Products differ
+by about 1e-6: of two gradients at a distance of 4e-10 the difference has lost ten of sixteen digits.)"""
 
 Case = dict[str, Any]
 LAYOUTS = {2: ((2, 1), (1, 2)), 4: ((2, 2), (4, 1))}
@@ -99,6 +102,7 @@ FAST = {
         laid_out("maps", 2, only=(1, 2), check="maps", strategy="prenorm"),
         laid_out("dropping", 2, only=(1, 2), check="dropping", strategy="prenorm", model={"dropout": 0.3}),
         laid_out("low-precision", 2, check="low_precision", strategy="simplenorm", parallel={"param_dtype": "bf16"}),
+        laid_out("gauge", 2, check="gauge", strategy="simplenorm", model={"n_layers": 1}),
         laid_out("float8", 2, only=(2, 1), check="float8", strategy="simplenorm", train={"precision": "fp8"}),
         laid_out("float8-moe", 2, check="float8", strategy="prenorm", moe=MOE, train={"precision": "fp8"}),
     ),
@@ -137,7 +141,11 @@ def _slow(size: int) -> dict[str, Case]:
         laid_out("clip-plain", size, strategy="prenorm", backbone="gpt2", options={"qk_clip": 1e-3}),
         laid_out("built", size, strategy="ngpt", backbone="gpt2", built=True),
     ]
-    return merged(*rows, *fifty, *compiled, *options)
+    gauges = [
+        laid_out("gauge-tied", size, check="gauge", strategy="angpt", backbone="gpt2", own=PENALTY),
+        laid_out("gauge-experts", size, check="gauge", strategy="prenorm", moe={**MOE, "balance": "none"}),
+    ]
+    return merged(*rows, *fifty, *compiled, *options, *gauges)
 
 
 SLOW = {size: _slow(size) for size in LAYOUTS}
@@ -231,6 +239,19 @@ def _judge_float8(case: Case, found: dict[str, Any]) -> None:
     assert found["gradient"][0] < 1e-6, found["gradient"]
 
 
+def _judge_gauge(case: Case, found: dict[str, Any]) -> None:
+    dense, spread = found.pop("dense"), found.pop("spread")
+    for one, other in zip(dense, spread, strict=True):
+        assert "gauge_refused" not in {**one, **other}
+        for key in ("hessian_max", "adam_sharpness", "adam_threshold"):
+            assert (key in one) == (key in other)
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=BY_DIFFERENCES), key
+    assert "adam_sharpness" in dense[1]
+    assert dense[1]["hessian_max"] != dense[0]["hessian_max"]
+    _judge_exact(case, found)
+
+
 JUDGES = {
     "steps": _judge_steps,
     "training": _judge_training,
@@ -238,6 +259,7 @@ JUDGES = {
     "maps": _judge_exact,
     "low_precision": _judge_low_precision,
     "float8": _judge_float8,
+    "gauge": _judge_gauge,
 }
 
 

@@ -175,3 +175,26 @@ def test_launch_files_start_a_run_and_go_on_with_it(recipe, double, tmp_path):
         assert done.returncode == 0, done.stderr
         assert numbers(folder) == numbers(double)
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def test_the_gauge_reads_on_two_processes_what_it_reads_on_one(recipe, tmp_path):
+    """Differentiating twice on one, differences of gradients on two."""
+    settings = ("train.steps=3", "gauge.every=3", "gauge.tolerance=1e-3", "gauge.most=60", "checkpoint.final=false")
+    assert run("train", recipe, f"run.dir={tmp_path / 'one'}", *settings).returncode == 0
+    done = launch(2, "train", recipe, f"run.dir={tmp_path / 'two'}", *settings)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        {line["step"]: line for line in metrics(tmp_path / name) if "hessian_max" in line} for name in ("one", "two")
+    )
+    assert list(one) == list(two) == [1, 3]
+    for step in one:
+        assert two[step]["hessian_max"] == pytest.approx(one[step]["hessian_max"], rel=5e-3)
+    assert two[3]["adam_sharpness"] == pytest.approx(one[3]["adam_sharpness"], rel=5e-3)
+    assert two[3]["adam_threshold"] == one[3]["adam_threshold"]
+    assert two[3]["gauge_steps"] > 0
+    assert "slots" in one[1]
+    assert "slots" not in two[1]
+    folder = tmp_path / "never"
+    refused = launch(2, "train", recipe, f"run.dir={folder}", *settings, "gauge.products=autograd")
+    assert "gauge.products = 'autograd': must be" in told_once(refused)
+    assert not folder.exists()
