@@ -11,7 +11,7 @@ from torch import Tensor
 from gptnorm.config import OptimConfig
 from gptnorm.curvature.activation import SlotLoss
 from gptnorm.curvature.adam import next_update, preconditioner, stability_threshold, updated_by_adam
-from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos, spectral_density
+from gptnorm.curvature.algorithms import Eigenpair, hutch_pp, lanczos, ritz_value, spectral_density
 from gptnorm.curvature.checks import refuse_wrong_products
 from gptnorm.curvature.language import LanguageLoss
 from gptnorm.curvature.operators import Operator, Scaled
@@ -310,9 +310,8 @@ def measure_slots(
 
 def spectral_norm(operator: Operator, *, tolerance: float, most: int) -> Extreme:
     """The largest modulus of an eigenvalue."""
-    (largest,), (smallest,) = lanczos(operator, smallest=1, tolerance=tolerance, most=most)
-    pair = max(largest, smallest, key=lambda pair: abs(pair.value))
-    return Extreme(value=abs(pair.value), residual=pair.residual, error=pair.error)
+    found = ritz_value(operator, modulus=True, tolerance=tolerance, most=most)
+    return Extreme(value=abs(found.value), residual=found.residual, error=found.error)
 
 
 def check_products(model: GPT, batch: Tensor, names: Sequence[str]) -> float:
