@@ -25,8 +25,14 @@ from gptnorm.train.checkpoint import load_checkpoint
 from gptnorm.train.optim import Optimizers, build_optimizer
 
 
-def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
+def preconditioner(
+    optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Sequence[Tensor] | None = None
+) -> Tensor:
     """The diagonal of $P^{-1/2}$ over leaves that AdamW updates, flat; for `gptnorm.curvature.operators.Scaled`.
+
+    Args:
+        gradients: of each leaf, clipped as training would: P is then that of the update that they would make. None:
+            that of the last one, in which what had no gradient for a while, a rare token's row, has next to no P.
 
     Raises:
         UserError: a leaf is not AdamW's, or has not been updated yet.
@@ -35,7 +41,8 @@ def preconditioner(optimizers: Optimizers, leaves: Sequence[Tensor]) -> Tensor:
     moments = {id(leaf): pair for leaf, pair in known if pair[0]["exp_avg_sq"].any()}
     if any(id(leaf) not in moments for leaf in leaves):
         raise UserError("curvature: AdamW has no second moments of some of these parameters; has it updated them?")
-    found = [_inverse_root(state, group, None).to(leaf) for leaf in leaves for state, group in [moments[id(leaf)]]]
+    each = [None] * len(leaves) if gradients is None else gradients
+    found = [_inverse_root(*moments[id(leaf)], g).to(leaf) for leaf, g in zip(leaves, each, strict=True)]
     return torch.cat([scale.reshape(-1) for scale in found])
 
 

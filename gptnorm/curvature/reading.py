@@ -242,11 +242,13 @@ def measure_adam(
     with whole.measuring():
         norm = float(whole.gradient().norm())
     with loss.measuring():
-        seen = Scaled(loss.hessian(), preconditioner(optimizers, loss.leaves))
+        hessian = loss.hessian()
+        clipped = hessian.gradient() * (min(1.0, config.clip / norm) if config.clip and norm else 1.0)
+        gradients = hessian.space.split(clipped)
+        seen = Scaled(hessian, preconditioner(optimizers, loss.leaves, gradients))
         (largest,), _ = lanczos(seen, tolerance=tolerance, most=most)
         say("critical rate")
-        clipped = loss.gradient() * (min(1.0, config.clip / norm) if config.clip and norm else 1.0)
-        update = next_update(optimizers, loss.leaves, seen.space.split(clipped))
+        update = next_update(optimizers, loss.leaves, gradients)
         critical = critical_rate_along(loss.value, loss.leaves, update, lr or config.lr)
     return AdamReading(
         parameters=seen.space.size,

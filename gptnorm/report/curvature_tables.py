@@ -104,10 +104,11 @@ def _adam(entries: Entries, tolerance: float) -> Sheet:
         head=["step", "rate", "λ_max P^-½ H P^-½", "residual", "threshold", "share", "critical rate"],
         rows=rows,
         notes=[
-            "P: AdamW's √v̂ + ε over the group's factor of the rate. Above the threshold, (2 + 2β₁) / ((1 - β₁) rate), "
-            "a quadratic loss is unstable with P held still; share: λ_max over it.",
-            "critical rate: the smallest at which the update that AdamW would make on these tokens, without weight "
-            "decay, does not lower their loss; from forward passes.",
+            "P: √v̂ + ε, over the group's factor of the rate, of the update that AdamW would make on these tokens. "
+            "Above the threshold, (2 + 2β₁) / ((1 - β₁) rate), a quadratic loss is unstable with P held still; share: "
+            "λ_max over it.",
+            "critical rate: the smallest at which that update, without weight decay, does not lower their loss; from "
+            "forward passes.",
         ],
     )
 

@@ -85,13 +85,18 @@ def test_slots_that_are_used_twice_are_left_out(ask, recipe):
 
 
 def by_hand(run):
-    """λ_max of D^-½ H D^-½, D = √(v / (1 - β2^t)) + ε from the checkpoint's own files, H in fp64."""
+    """λ_max of D^-½ H D^-½, D = √v̂ + ε of the next update, v from the checkpoint's own files, the gradient of the
+    whole model by a backward pass and clipped by torch, H dense in fp64."""
     config = RunFolder.open(run).config()
     (tensors,) = [load_file(path) for path in (run / "checkpoints/step-000006").glob("*00002-of-00002*")]
-    name = "blocks.0.attn.q.weight"
-    v, step = (tensors[f"optimizer/{key}/{name}"] for key in ("exp_avg_sq", "step"))
-    diagonal = (v.double() / (1 - config.optim.betas[1] ** float(step))).sqrt() + config.optim.eps
+    name, beta2 = "blocks.0.attn.q.weight", config.optim.betas[1]
+    v, step = (tensors[f"optimizer/{key}/{name}"].double() for key in ("exp_avg_sq", "step"))
     source = open_source(str(run), config, RunFolder.open(run), dtype="fp64")
+    source.model.objective(source.tokens).total.backward()
+    torch.nn.utils.clip_grad_norm_(source.model.parameters(), config.optim.clip)
+    g = source.model.get_parameter(name).grad
+    v = beta2 * v + (1 - beta2) * g.square()
+    diagonal = (v / (1 - beta2 ** (float(step) + 1))).sqrt() + config.optim.eps
     loss = LanguageLoss(source.model, [source.tokens], [name])
     with loss.measuring():
         hessian = matrix(loss.hessian())
