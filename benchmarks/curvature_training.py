@@ -83,13 +83,17 @@ def tables(found: dict[str, dict[str, list[Reading]]]) -> str:
     for strategy, seeds in found.items():
         means = [mean_of([_at(readings, step)["sharpness"]["loss"] for readings in seeds.values()]) for step in STEPS]
         lines.append(row([_name(strategy), *(f"{mean.value:.3f}" for mean in means)]))
-    for title, value in (("‖C‖ / ‖L‖", slot_ratio), ("RMS(x)² ‖H‖", lambda slot: slot["scale_free"])):
-        lines += ["", f"**{title} of each slot of block 2**\n", header(["strategy", "slot", *_steps(STEPS)], words=2)]
+    by_slot: list[tuple[str, Value, Sequence[int]]] = [
+        ("‖C‖ / ‖L‖", slot_ratio, STEPS),
+        ("RMS(x)² ‖H‖", lambda slot: slot["scale_free"], (STEPS[0], STEPS[-1])),
+    ]
+    for title, value, steps in by_slot:
+        lines += ["", f"**{title} of each slot of block 2**\n", header(["strategy", "slot", *_steps(steps)], words=2)]
         for strategy, seeds in found.items():
             for slot in [slot["name"] for slot in next(iter(seeds.values()))[0]["slots"]]:
-                cells = [_cell([_of_slot(_at(r, step), slot, value) for r in seeds.values()]) for step in STEPS]
+                cells = [_cell([_of_slot(_at(r, step), slot, value) for r in seeds.values()]) for step in steps]
                 if set(cells) != {MISSING}:
-                    lines.append(row([_name(strategy), slot.removeprefix("blocks.2."), *cells]))
+                    lines.append(row([_name(strategy), _name(slot.removeprefix("blocks.2.")), *cells]))
     return "\n".join(lines) + "\n"
 
 
