@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curvature_runs import Subject, header, load, measure, row
+from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.curvature.adam import stability_threshold
 from gptnorm.report.format import lr_text, short_text
@@ -53,8 +53,8 @@ def subject(strategy: str, rate: float, kind: str) -> Subject:
     )
 
 
-def write(results: Path, edges: dict[str, float]) -> str:
-    """The page's tables."""
+def tables(results: Path, edges: dict[str, float]) -> str:
+    """As Markdown."""
     readings = results / "curvature-edge"
     low = load(readings, [f"{name}-low" for name in edges])
     at_edge = load(readings, [f"{name}-edge" for name in AT_EDGE])
@@ -143,14 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="where docs/results/tolerance-screen is, and where readings go")
     parser.add_argument("--runs", type=Path, default=Path("runs/curvature-edge"))
-    parser.add_argument("--write-only", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--write-only", action="store_true", help="tables of what is there")
     given = parser.parse_args()
     edges = screen(given.results)
     if not given.write_only:
         wanted = [subject(name, LOW, "low") for name in edges]
         wanted += [subject(name, edges[name], "edge") for name in AT_EDGE]
         measure(wanted, given.runs, given.results / "curvature-edge")
-    print(write(given.results, edges))
+    fill(given.results / "curvature-edge.md", "edge", tables(given.results, edges))
 
 
 if __name__ == "__main__":

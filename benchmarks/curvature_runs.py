@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptnorm.files import write_atomic
+
 WORKERS = 2
 COMMAND = "from gptnorm.cli import main; main()"
 
@@ -76,3 +78,13 @@ def header(columns: Sequence[str], words: int = 1) -> str:
 
 def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Puts text between the page's marks `<!-- name -->` and `<!-- /name -->`, if the page is there."""
+    if not path.exists():
+        print(text)
+        return
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = path.read_text(encoding="utf-8").split(first)
+    write_atomic(path, f"{before}{first}\n{text.strip()}\n{last}{rest.split(last)[1]}")

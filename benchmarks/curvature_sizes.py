@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from curvature_runs import Subject, header, load, measure, row
+from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.report.curvature_tables import slot_ratio
 from gptnorm.report.estimates import ratio_text
@@ -86,12 +86,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/curvature-sizes"))
-    parser.add_argument("--write-only", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--write-only", action="store_true", help="tables of what is there")
     given = parser.parse_args()
     folder = given.results / "curvature-sizes"
     if not given.write_only:
         measure(subjects(), given.runs, folder)
-    print(tables(folder))
+    fill(given.results / "curvature.md", "sizes", tables(folder))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from curvature_runs import Subject, header, load, measure, row
+from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.files import write_atomic
 from gptnorm.report.curvature_plots import spectrum
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/curvature"))
-    parser.add_argument("--write-only", action="store_true", help="print the tables of what is there, draw the figures")
+    parser.add_argument("--write-only", action="store_true", help="tables and figures of what is there")
     given = parser.parse_args()
     folder = given.results / "curvature"
     if not given.write_only:
@@ -202,7 +202,7 @@ def main() -> None:
     }
     spectra = {strategy: load(folder, [f"{strategy}-spectrum"]).get(f"{strategy}-spectrum") for strategy in RATES}
     print(f"{complete} seeds")
-    print(tables(found))
+    fill(given.results / "curvature.md", "training", tables(found))
     for name, svg in figures(found, {key: value for key, value in spectra.items() if value}).items():
         write_atomic(folder / f"{name}.svg", svg + "\n")
 
