@@ -18,7 +18,7 @@ from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.files import write_atomic
 from gptnorm.report.curvature_plots import spectrum
-from gptnorm.report.curvature_tables import slot_ratio
+from gptnorm.report.curvature_tables import curvature_sheets, slot_ratio
 from gptnorm.report.estimates import ratio_text
 from gptnorm.report.format import MISSING
 from gptnorm.report.panels import Panel, draw
@@ -94,6 +94,16 @@ def tables(found: dict[str, dict[str, list[Reading]]]) -> str:
                 cells = [_cell([_of_slot(_at(r, step), slot, value) for r in seeds.values()]) for step in steps]
                 if set(cells) != {MISSING}:
                     lines.append(row([_name(strategy), _name(slot.removeprefix("blocks.2.")), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def spectrum_table(spectra: dict[str, dict[str, Any]]) -> str:
+    """As Markdown."""
+    lines = []
+    for strategy, record in spectra.items():
+        sheet = curvature_sheets(record)["spectrum"]
+        lines = lines or [header(["strategy", *sheet.head])]
+        lines += [row([_name(strategy), *cells]) for cells in sheet.rows]
     return "\n".join(lines) + "\n"
 
 
@@ -200,10 +210,11 @@ def main() -> None:
         strategy: {name: record["readings"] for name, record in list(seeds.items())[:complete]}
         for strategy, seeds in records.items()
     }
-    spectra = {strategy: load(folder, [f"{strategy}-spectrum"]).get(f"{strategy}-spectrum") for strategy in RATES}
+    spectra = {strategy: record for strategy in RATES for record in load(folder, [f"{strategy}-spectrum"]).values()}
     print(f"{complete} seeds")
     fill(given.results / "curvature.md", "training", tables(found))
-    for name, svg in figures(found, {key: value for key, value in spectra.items() if value}).items():
+    fill(given.results / "curvature.md", "spectrum", spectrum_table(spectra))
+    for name, svg in figures(found, spectra).items():
         write_atomic(folder / f"{name}.svg", svg + "\n")
 
 
