@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def tables(results: Path, edges: dict[str, float]) -> str:
     for label, predict in _predictors().items():
         pairs = [(edges[name], predict(low[f"{name}-low"])) for name in known]
         rho = spearman(pairs)
-        ratio = sorted(b / a for a, b in pairs)[len(pairs) // 2]
+        ratio = statistics.median(b / a for a, b in pairs)
         lines.append(row([label, f"{rho:+.2f}", f"{chance(pairs, rho):.2g}", f"{ratio:.2g}"]))
     lines += ["\n**λ_max as AdamW sees it over its threshold, at the own largest stable rate**\n"]
     lines.append(header(["strategy", "rate", *(f"step {step}" for step in STEPS[1:])]))

@@ -331,8 +331,8 @@ class GaugeConfig:
     which there are, ["none"] is none. Left out: those of the middle block, on several processes none."""
     token: Count | None = None
     """The token of the first sequence at which slots are read. Left out: the middle one."""
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2
-    """Relative error at which an eigenvalue is taken for found."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Residual, as a part of an eigenvalue, at which that is taken for found: as a rule it is far nearer."""
     most: Positive = 30
     """Hessian products for an eigenvalue, after which it is left as it is."""
     products: Literal["auto", "autograd", "differences"] = "auto"

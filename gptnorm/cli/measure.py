@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from gptnorm.cli.arguments import JSON, REPORT, RUN, SETTINGS
-from gptnorm.cli.output import console, refuse_missing_folder, write
+from gptnorm.cli.output import console, refuse_unwritable, write_all
 
 
 @click.command()
@@ -39,17 +39,14 @@ def inspect(
     from gptnorm.report.probe_page import probe_page
     from gptnorm.train.inputs import within_memory
 
+    refuse_unwritable("--json", json_path)
+    refuse_unwritable("--report", page_path)
     config, folder = find_config(source, settings)
     with within_memory(config), console.status("measuring …"):
         found = open_source(source, config, folder, step=step, random_tokens=tokens == "random", dtype=dtype)
         reading = probe(found.model, found.tokens)
     record = make_record(found, reading, dtype)
-    for option, path, text in (
-        ("--json", json_path, lambda: dump(record)),
-        ("--report", page_path, lambda: probe_page(record)),
-    ):
-        if path is not None:
-            write(option, path, text())
+    write_all(("--json", json_path, lambda: dump(record)), ("--report", page_path, lambda: probe_page(record)))
     print_probe(found, reading, dtype, console)
 
 
@@ -83,7 +80,7 @@ def evaluate(
     from gptnorm.evaluate.command import print_evaluation, run_eval
     from gptnorm.probe.show import dump
 
-    refuse_missing_folder("--json", json_path)
+    refuse_unwritable("--json", json_path)
     found = run_eval(
         run,
         settings,
@@ -96,8 +93,7 @@ def evaluate(
         console=console,
     )
     print_evaluation(found, console)
-    if json_path is not None:
-        write("--json", json_path, dump(found.record()))
+    write_all(("--json", json_path, lambda: dump(found.record())))
 
 
 @click.command()
@@ -154,8 +150,8 @@ def curvature(
     from gptnorm.probe.show import dump
     from gptnorm.report.curvature_page import curvature_page
 
-    refuse_missing_folder("--json", json_path)
-    refuse_missing_folder("--report", page_path)
+    refuse_unwritable("--json", json_path)
+    refuse_unwritable("--report", page_path)
     found = run_curvature(
         source,
         settings,
@@ -172,7 +168,7 @@ def curvature(
     )
     record = found.record()
     print_curvature(record, console)
-    if json_path is not None:
-        write("--json", json_path, dump(record))
-    if page_path is not None:
-        write("--report", page_path, curvature_page(record))
+    write_all(
+        ("--json", json_path, lambda: dump(record)),
+        ("--report", page_path, lambda: curvature_page(record)),
+    )

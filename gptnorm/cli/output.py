@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from gptnorm.errors import bad_value
+from gptnorm.errors import UserError, bad_value
 
 
 def is_first() -> bool:
@@ -33,7 +34,24 @@ def write(option: str, path: Path, text: str) -> None:
         raise bad_value(option, str(path), f"cannot be written: {error.strerror}") from None
 
 
-def refuse_missing_folder(option: str, path: Path | None) -> None:
+def write_all(*files: tuple[str, Path | None, Callable[[], str]]) -> None:
+    """Those of the files that were asked for, by option, path and text; one that cannot be written stops no other."""
+    failed = None
+    for option, path, text in files:
+        try:
+            if path is not None:
+                write(option, path, text())
+        except UserError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def refuse_unwritable(option: str, path: Path | None) -> None:
     """What takes long is not to fail at its end."""
-    if path is not None and not path.parent.is_dir():
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise bad_value(option, str(path), "cannot be written: no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise bad_value(option, str(path), "cannot be written: the folder is not writable")

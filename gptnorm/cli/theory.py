@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gptnorm.cli.arguments import JSON, REPORT
-from gptnorm.cli.output import console, refuse_missing_folder, write
+from gptnorm.cli.output import console, refuse_unwritable, write_all
 
 
 @click.command()
@@ -53,13 +53,8 @@ def theory(
 
     names = parse_checks(checks)
     asked = ask(names, seeds, parse_widths(widths), recipe)
-    refuse_missing_folder("--json", json_path)
-    refuse_missing_folder("--report", page_path)
+    refuse_unwritable("--json", json_path)
+    refuse_unwritable("--report", page_path)
     record = run_theory(names, asked, console)
     print_theory(record, console)
-    for option, path, text in (
-        ("--json", json_path, lambda: dump(record)),
-        ("--report", page_path, lambda: theory_page(record)),
-    ):
-        if path is not None:
-            write(option, path, text())
+    write_all(("--json", json_path, lambda: dump(record)), ("--report", page_path, lambda: theory_page(record)))

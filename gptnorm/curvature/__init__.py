@@ -15,6 +15,7 @@ from gptnorm.curvature.algorithms import (
     hutchinson,
     lanczos,
     power_iteration,
+    ritz_value,
     spectral_density,
 )
 from gptnorm.curvature.checks import refuse_wrong_products
@@ -44,6 +45,7 @@ __all__ = [
     "parameters_of",
     "power_iteration",
     "refuse_wrong_products",
+    "ritz_value",
     "slots_of",
     "spectral_density",
 ]

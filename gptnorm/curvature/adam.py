@@ -57,10 +57,9 @@ def next_update(optimizers: Optimizers, leaves: Sequence[Tensor], gradients: Seq
     moments, found = _moments(optimizers), []
     for leaf, g in zip(leaves, gradients, strict=True):
         state, group = moments[leaf]
-        (beta1, beta2), step = group["betas"], float(state["step"]) + 1
+        beta1, step = group["betas"][0], float(state["step"]) + 1
         m = state["exp_avg"].lerp(g, 1 - beta1) / (1 - beta1**step)
-        v = state["exp_avg_sq"].lerp(g.square(), 1 - beta2) / (1 - beta2**step)
-        found.append(group["lr_factor"] * m / (v.sqrt() + group["eps"]))
+        found.append((m * _inverse_root(state, group, g).square()).to(leaf))
     return found
 
 

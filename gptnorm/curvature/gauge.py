@@ -11,8 +11,8 @@ At a due step, between its gradient and its update, so with the weights before t
 | | (`curvature`) at one token of the first sequence (`gptnorm.curvature.activation`) |
 | gauge_refused | why there are no numbers |
 
-Each eigenvalue has beside it its residual $\lVert A v - \lambda v \rVert$ (`…_residual`) and how far it is off, as far
-as is known (`…_error`): see `gptnorm.curvature.algorithms`. Before AdamW's first update there is no sharpness of its
+Each eigenvalue has beside it its residual $\lVert A v - \lambda v \rVert$ (`…_residual`): an eigenvalue is no further
+off (`gptnorm.curvature.algorithms.ritz_value`). Before AdamW's first update there is no sharpness of its
 own, since P would be the gradient's size alone.
 
 Before a number is told, a product is compared with differences of the gradient over all parameters, and with that
@@ -194,8 +194,7 @@ def flat(reading: Reading) -> dict[str, float]:
 
 
 def _told(name: str, found: RitzValue) -> Reading:
-    numbers = (found.value, found.residual, found.error)
-    return dict(zip((name, f"{name}_residual", f"{name}_error"), map(_digits, numbers), strict=True))
+    return {name: _digits(found.value), f"{name}_residual": _digits(found.residual)}
 
 
 def _digits(x: float) -> float:

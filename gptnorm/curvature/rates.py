@@ -1,7 +1,8 @@
 r"""How large a step the loss bears, from forward passes alone.
 
-Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) \ge \ell(\theta)$. Of a
-quadratic loss and $u = \nabla \ell$ it is $2\, u^\top u / u^\top H u$, so that $2 / \eta_c$ is a directional sharpness.
+Along an update u the critical rate is the smallest $\eta_c > 0$ with $\ell(\theta - \eta_c u) \ge \ell(\theta)$; what
+is found is such a crossing, the one next to the rate at which the search begins. Of a quadratic loss and
+$u = \nabla \ell$ it is $2\, u^\top u / u^\top H u$, so that $2 / \eta_c$ is a directional sharpness.
 
 Source: Kalra et al. 2026 (arXiv 2601.16979), critical sharpness; the bracketing is ours.
 """
@@ -74,24 +75,38 @@ def critical_rate(
 
 
 def critical_rate_along(
-    loss: Callable[[], float], leaves: Sequence[Tensor], update: Sequence[Tensor], start: float
+    loss: Callable[[], float],
+    leaves: Sequence[Tensor],
+    update: Sequence[Tensor],
+    start: float,
+    *,
+    constrain: Callable[[], None] = lambda: None,
+    constrained: Sequence[Tensor] = (),
 ) -> CriticalRate:
-    """Of steps that subtract a multiple of the update from the leaves, which are as they were afterwards, bit by bit.
+    """Of steps that subtract a multiple of the update from the leaves. Afterwards all is as it was, bit by bit.
 
     Args:
         loss: of the leaves as they are.
         start: as for `critical_rate`.
+        constrain: puts the weights back where they have to be, after each step.
+        constrained: what that may change, beside the leaves.
     """
-    before = [leaf.detach().clone() for leaf in leaves]
+    moved = dict.fromkeys((*leaves, *constrained))
+    before = [tensor.detach().clone() for tensor in moved]
+
+    def restore() -> None:
+        for tensor, old in zip(moved, before, strict=True):
+            tensor.data.copy_(old)
 
     def loss_at(rate: float) -> float:
+        restore()
         with torch.no_grad():
-            for leaf, old, u in zip(leaves, before, update, strict=True):
-                leaf.data.copy_(old - rate * u)
+            for leaf, u in zip(leaves, update, strict=True):
+                leaf.data.sub_(rate * u)
+        constrain()
         return loss()
 
     try:
         return critical_rate(loss_at, start)
     finally:
-        for leaf, old in zip(leaves, before, strict=True):
-            leaf.data.copy_(old)
+        restore()

@@ -38,12 +38,10 @@ class Extreme:
     value: float
     residual: float
     """Some eigenvalue is no further away."""
-    error: float
-    """How far the nearest is, as far as is known; see `Eigenpair`."""
 
     @classmethod
     def of(cls, pair: Eigenpair) -> Extreme:
-        return cls(value=pair.value, residual=pair.residual, error=pair.error)
+        return cls(value=pair.value, residual=pair.residual)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,8 @@ class AdamReading:
     """What it would be at most, were the loss quadratic and the rate stable; None: at the end of a schedule that falls
     to 0 there is no next update."""
     critical: CriticalRate
-    """Along the update that it would make on these tokens, without weight decay."""
+    """Along the update that it would make on these tokens, without weight decay, weights put back after it where their
+    strategy wants them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +248,20 @@ def measure_adam(
         (largest,), _ = lanczos(seen, tolerance=tolerance, most=most)
         say("critical rate")
         update = next_update(optimizers, loss.leaves, gradients)
-        critical = critical_rate_along(loss.value, loss.leaves, update, lr or config.lr)
+        owners = [owner for _, owner in model.weights() if owner.constraint is not None]
+
+        def constrain() -> None:
+            for owner in owners:
+                owner.after_step()
+
+        critical = critical_rate_along(
+            loss.value,
+            loss.leaves,
+            update,
+            lr or config.lr,
+            constrain=constrain,
+            constrained=[tensor for owner in owners for tensor in (owner.weight, *owner.buffers(recurse=False))],
+        )
     return AdamReading(
         parameters=seen.space.size,
         lr=lr,
@@ -313,7 +325,7 @@ def measure_slots(
 def spectral_norm(operator: Operator, *, tolerance: float, most: int) -> Extreme:
     """The largest modulus of an eigenvalue."""
     found = ritz_value(operator, modulus=True, tolerance=tolerance, most=most)
-    return Extreme(value=abs(found.value), residual=found.residual, error=found.error)
+    return Extreme(value=abs(found.value), residual=found.residual)
 
 
 def check_products(model: GPT, batch: Tensor, names: Sequence[str]) -> float:

@@ -31,7 +31,9 @@ def _table(sheet: Sheet) -> Table:
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
     table = Table(title=sheet.title, padding=(0, 1, 0, 0), **look)
     for column in sheet.head:
-        table.add_column(column, justify="left" if column in sheet.words else "right", no_wrap=True)
+        # Where it is narrow, names are broken, and numbers never.
+        words = column in sheet.words
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for row in sheet.rows:
         table.add_row(*row)
     return table

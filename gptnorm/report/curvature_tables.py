@@ -10,13 +10,13 @@ from typing import Any
 
 from gptnorm.records import finite
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING, loss_text, short_text
+from gptnorm.report.format import MISSING, loss_text, lr_text, short_text
 
 UNSURE = 0.1
-"""Part of an eigenvalue above which its error is told."""
+"""Part of an eigenvalue above which its residual is told."""
 
 Extreme = dict[str, float]
-"""`value`, `residual`, `error`: a record of `gptnorm.curvature.reading.Extreme`."""
+"""`value` and `residual`: a record of `gptnorm.curvature.reading.Extreme`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ def general_notes(record: dict[str, Any]) -> list[str]:
     )
     return [
         "residual: ‖Hv - λv‖ over the matrix's largest |λ|, the worst of the row; an eigenvalue is no further off.",
-        f"*: error above {record['tolerance']:g} of the largest modulus, or {UNSURE:g} of itself; the error is r² over "
-        "the gap to the other eigenvalues where that is less than the residual r.",
+        f"*: residual above {record['tolerance']:g} of that, or {UNSURE:g} of the eigenvalue itself.",
         f"Products differ from finite differences of the gradient by {worst:.1g}, relative.",
     ]
 
@@ -95,7 +94,7 @@ def _adam(entries: Entries, tolerance: float) -> Sheet:
     for step, a in entries:
         limit = [MISSING, MISSING]
         if a["threshold"] is not None:
-            limit = [number_text(a["threshold"]), f"{a['largest']['value'] / a['threshold']:.2f}"]
+            limit = [number_text(a["threshold"]), number_text(a["largest"]["value"] / a["threshold"])]
         rate = short_text(a["lr"]) if a["lr"] else "0"
         seen = [*_ends([a["largest"]], tolerance), _residual([a["largest"]])]
         rows.append([step, rate, *seen, *limit, _critical(a["critical"])])
@@ -107,8 +106,8 @@ def _adam(entries: Entries, tolerance: float) -> Sheet:
             "P: √v̂ + ε, over the group's factor of the rate, of the update that AdamW would make on these tokens. "
             "Above the threshold, (2 + 2β₁) / ((1 - β₁) rate), a quadratic loss is unstable with P held still; share: "
             "λ_max over it.",
-            "critical rate: the smallest at which that update, without weight decay, does not lower their loss; from "
-            "forward passes.",
+            "critical rate: where that update, without weight decay and with weights put back where the strategy wants "
+            "them, no longer lowers their loss; from forward passes.",
         ],
     )
 
@@ -177,7 +176,12 @@ def _weights(entries: Entries, tolerance: float) -> Sheet:
     for step, weights in entries:
         for w in weights:
             ends, name = [w["largest"], w["smallest"]], w["name"].removesuffix(".weight")
-            numbers = [*_ends(ends, tolerance), _residual(ends), number_text(w["scale_free"])]
+            shown = _ends(ends, tolerance)
+            numbers = [
+                *shown,
+                _residual(ends),
+                f"{number_text(w['scale_free'])}{'*' if shown[0].endswith('*') else ''}",
+            ]
             rows.append([step, name, number_text(w["norm"]), *numbers])
     return Sheet(
         title="Weights, each by itself",
@@ -194,7 +198,7 @@ def _ends(extremes: Sequence[Extreme], tolerance: float) -> list[str]:
 
     def unsure(extreme: Extreme) -> bool:
         # Small beside the other end, its own sign may not be known.
-        return extreme["error"] > limit or extreme["error"] > UNSURE * abs(extreme["value"])
+        return extreme["residual"] > limit or extreme["residual"] > UNSURE * abs(extreme["value"])
 
     return [f"{number_text(extreme['value'])}{'*' if unsure(extreme) else ''}" for extreme in extremes]
 
@@ -206,4 +210,4 @@ def _residual(*matrices: Sequence[Extreme]) -> str:
         for extremes in matrices
         if (scale := max(abs(extreme["value"]) for extreme in extremes))
     ]
-    return f"{max(found):.0e}" if found else MISSING
+    return lr_text(float(f"{max(found):.0e}")) if found else MISSING

@@ -39,13 +39,6 @@ def bracket_norm(u: Tensor, b: Tensor) -> float:
     return (abs(along) + math.sqrt(along**2 + 4 * across)) / 2
 
 
-def output_hessian_of_z(z: Tensor, gain: Tensor, g: Tensor, hyy: Tensor) -> Tensor:
-    """H_zz of ℓ(γ ⊙ √d z / ‖z‖); the Hessian in vec(W), along its rows, is H_zz ⊗ x xᵀ."""
-    eye = torch.eye(len(z), dtype=z.dtype)
-    L, C = parts(eye, z, gain, g, hyy)
-    return L + C
-
-
 class ProjectedHessian:
     """P D H_yy D P, known by its products."""
 

@@ -22,13 +22,16 @@ def run_theory(names: Sequence[str], asked: Asked, console: Console) -> dict[str
 
     On one thread: matrices this small gain nothing from more, and how many there are would show in the last digits.
     """
+    found, seconds, threads = [], {}, torch.get_num_threads()
     torch.set_num_threads(1)
-    found, seconds = [], {}
-    for name in names:
-        start = time.monotonic()
-        with console.status(f"{name} …"):
-            found.append(CHECKS[name](asked).record())
-        seconds[name] = round(time.monotonic() - start, 1)
+    try:
+        for name in names:
+            start = time.monotonic()
+            with console.status(f"{name} …"):
+                found.append(CHECKS[name](asked).record())
+            seconds[name] = round(time.monotonic() - start, 1)
+    finally:
+        torch.set_num_threads(threads)
     return {
         "seeds": len(asked.seeds),
         "widths": list(asked.widths),

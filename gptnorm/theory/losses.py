@@ -58,7 +58,7 @@ def softmax_head(seed: int, d: int, vocab: int) -> Softmax:
 
 def sure_head(seed: int, d: int, vocab: int, *, tokens: int = 8, logit: float = 12.0) -> Softmax:
     """The same head when it has learned which few tokens can come: a bias on the first `tokens`, of which one is the
-    target. Of V = 4096 they have 99.5 % of the mass."""
+    target. Of V = 4096 they have more than 99 % of the mass."""
     head = softmax_head(seed, d, vocab)
     bias = head.head.new_zeros(vocab)
     bias[:tokens] = logit

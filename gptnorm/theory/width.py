@@ -8,7 +8,7 @@ fixed g and H_yy that is the ratio. Nothing says that they are fixed, so there a
 | A | quadratic | 1 | 1 |
 | B | quadratic | √d | 1 |
 | C | softmax head, V tokens, as at initialisation: nearly uniform | about 1 | about 1/d |
-| D | the same head with 99.5 % of the mass on 8 tokens | about 1 | about 1/4 |
+| D | the same head with more than 99 % of the mass on 8 tokens | about 1 | about 1/4 |
 """
 
 from __future__ import annotations

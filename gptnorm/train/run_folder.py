@@ -4,7 +4,7 @@
 |---|---|
 | config.toml | the resolved settings |
 | environment.json | versions, device, commit; `resumed`: those of later parts and their settings, where they differ |
-| metrics.jsonl | one object a line, each with `step` (updates done), `split` and `loss`, `gptnorm.curvature.gauge` |
+| metrics.jsonl | one object a line, each with `step` (updates done), `split` and `loss`; a gauge adds its own keys |
 | watch.jsonl | one object a line, each with `step`; see `gptnorm.train.watch`. Only if something is watched |
 | status.json | `status` (running, finished, diverged, interrupted), `step`, `val_loss`, `reason`, `skipped` |
 | checkpoints/step-NNNNNN/ | see `gptnorm.train.checkpoint` |

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from dense import batch, model
 
+from gptnorm.config import OptimConfig
 from gptnorm.curvature import Hessian, Scaled, lanczos
 from gptnorm.curvature.adam import next_update, preconditioner, stability_threshold
 from gptnorm.curvature.rates import critical_rate_along
+from gptnorm.curvature.reading import measure_adam
 from gptnorm.errors import UserError
-from gptnorm.train.optim import Optimizers
+from gptnorm.train.optim import Optimizers, build_optimizer
 
 
 def quadratic(seed=0, size=6):
@@ -102,3 +107,37 @@ def test_the_critical_rate_of_a_quadratic_loss():
     assert torch.equal(w.detach(), before)
     uphill = critical_rate_along(loss, [w], [-update], 1e-4)
     assert (uphill.low, uphill.high is None) == (0.0, False)
+
+
+def test_the_critical_rate_counts_what_puts_the_weights_back():
+    """Against a copy of the model that takes the step and its `after_step`, as training does."""
+    gpt, tokens = model("ngpt"), batch()
+    gpt.after_step()
+    generator = torch.Generator().manual_seed(0)
+    optimizers = build_optimizer(gpt, OptimConfig(weight_decay=0.0))
+    for parameter in gpt.parameters():
+        parameter.grad = 1e-3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    optimizers.set_lr(0.0)
+    optimizers.step()
+    names = [name for name, _ in gpt.named_parameters()]
+    before = {name: value.clone() for name, value in gpt.state_dict().items()}
+    how = {"lr": 1e-2, "config": OptimConfig(), "tolerance": 1e-2, "most": 30, "say": lambda _: None}
+    found = measure_adam(gpt, [tokens], names, optimizers, **how).critical
+    assert all(torch.equal(value, before[name]) for name, value in gpt.state_dict().items())
+
+    def loss_after(rate):
+        other = copy.deepcopy(gpt)
+        copied = build_optimizer(other, OptimConfig(weight_decay=0.0))
+        copied.prime()
+        for mine, theirs in zip(gpt.parameters(), other.parameters(), strict=True):
+            for key, value in optimizers.state[mine].items():
+                copied.state[theirs][key].copy_(value)
+        other.objective(tokens).total.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), OptimConfig().clip)
+        copied.set_lr(rate)
+        copied.step()
+        other.after_step()
+        return float(other.objective(tokens).total.detach())
+
+    assert found.high is not None
+    assert loss_after(found.low) < loss_after(0.0) <= loss_after(found.high)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptnorm.curvature import Space, hutch_pp, hutchinson, lanczos, power_iteration, spectral_density
+from gptnorm.curvature import Space, hutch_pp, hutchinson, lanczos, power_iteration, ritz_value, spectral_density
 
 
 class Dense:
@@ -75,29 +75,49 @@ def test_residuals_hold_in_single_precision():
     assert largest.residual > 1e-8
 
 
-def spectrum_of_a_network(seed: int) -> torch.Tensor:
+def crowded(seed: int) -> torch.Tensor:
     """A bulk around 0 and some large eigenvalues, not far apart."""
     generator = torch.Generator().manual_seed(seed)
     large = 10 * torch.rand(60, generator=generator, dtype=torch.float64)
     return torch.cat([0.3 * torch.randn(600, generator=generator, dtype=torch.float64), large])
 
 
-def test_the_error_of_an_eigenvalue_is_what_it_says_before_its_residual_is_as_small():
-    earlier = 0
-    for seed in range(20):
-        operator = Diagonal(spectrum_of_a_network(seed))
-        exact = float(operator.values.max())
-        (found,), _ = lanczos(operator, tolerance=1e-3, seed=seed)
-        assert found.converged(1e-3)
-        assert abs(found.value - exact) <= found.error + 1e-12
-        assert found.error <= found.residual
-        earlier += found.residual > 1e-3 * found.value
-    assert earlier >= 10
+def test_where_eigenvalues_crowd_the_largest_is_found_nearly_always():
+    """A residual proves that an eigenvalue is near, not that it is the largest: here it is, but for a few starts."""
+    missed = 0
+    for seed in range(200):
+        operator = Diagonal(crowded(seed))
+        found = [lanczos(operator, tolerance=1e-3, seed=seed)[0][0], ritz_value(operator, seed=seed)]
+        for one in found:
+            assert float((operator.values - one.value).abs().min()) <= one.residual, "a theorem"
+            missed += one.value < float(operator.values.max()) * (1 - 1e-3)
+    assert missed <= 8, "2 % of 400"
 
 
-def test_of_one_value_nothing_but_the_residual_is_known():
-    (found,), _ = lanczos(with_spectrum([1.0, 5.0, 7.0]), most=1)
-    assert found.error == found.residual > 0.1
+@given(spectra, st.integers(0, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_ritz_values_of_any_spectrum(values, seed, modulus):
+    operator = with_spectrum(values, seed)
+    found = ritz_value(operator, modulus=modulus, tolerance=1e-9, most=40)
+    exact = max(values, key=abs) if modulus else max(values)
+    scale = max(map(abs, values)) + 1e-9
+    assert (abs(found.value) if modulus else found.value) == pytest.approx(
+        abs(exact) if modulus else exact, abs=1e-6 * scale
+    )
+
+
+def test_a_largest_eigenvalue_that_is_small_beside_the_other_end_is_judged_by_itself():
+    values = torch.linspace(-1, 0.1, 300, dtype=torch.float64)
+    found = ritz_value(Diagonal(values), tolerance=1e-2, most=300)
+    assert found.value == pytest.approx(0.1, rel=1e-2)
+    assert found.residual <= 1e-2 * found.value
+
+
+def test_the_residual_of_a_ritz_value_is_never_below_rounding():
+    values = torch.linspace(-0.5, 1, 32)
+    found = ritz_value(Diagonal(values), tolerance=1e-6, most=32)
+    assert abs(found.value - 1) <= found.residual
+    assert found.residual >= torch.finfo(torch.float32).eps
 
 
 def test_a_start_that_is_an_eigenvector_ends_the_search_at_once():

@@ -11,7 +11,9 @@ from dense import matrix
 from safetensors.torch import load_file
 
 from gptnorm import cli
+from gptnorm.cli.output import write_all
 from gptnorm.curvature import LanguageLoss
+from gptnorm.errors import UserError
 from gptnorm.probe.source import open_source
 from gptnorm.train.run_folder import RunFolder
 from gptnorm.train.schedule import lr_factor
@@ -19,9 +21,9 @@ from gptnorm.train.schedule import lr_factor
 
 @pytest.fixture
 def ask(monkeypatch, capsys):
-    def ask(*arguments):
+    def ask(*arguments, columns="100"):
         monkeypatch.setattr(sys, "argv", ["gptnorm", "curvature", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setenv("COLUMNS", columns)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out = capsys.readouterr()
@@ -74,6 +76,23 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
     (other,) = json.loads(again.read_text())["readings"]
     assert other["sharpness"]["largest"]["value"] == pytest.approx(reading["sharpness"]["largest"]["value"], rel=1e-6)
     assert other["sharpness"]["trace"] == pytest.approx(reading["sharpness"]["trace"], rel=1e-6)
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(ask, recipe):
+    slots = ("blocks.0.attn.q", "blocks.0.ffn.gate", "head")
+    code, out, _ = ask(recipe, *(part for slot in slots for part in ("--slot", slot)), "--most", "2", columns="80")
+    assert code == 0
+    assert "…" not in out
+    assert "residual" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_one_file_that_cannot_be_written_stops_no_other(tmp_path):
+    (tmp_path / "taken.json").mkdir()
+    page = tmp_path / "c.html"
+    with pytest.raises(UserError, match=r"--json = .*: cannot be written"):
+        write_all(("--json", tmp_path / "taken.json", lambda: "{}"), ("--report", page, lambda: "<p>"))
+    assert page.read_text() == "<p>"
 
 
 def test_slots_that_are_used_twice_are_left_out(ask, recipe):

@@ -78,8 +78,9 @@ def test_closed_forms(eps):
 
 def test_closed_form_in_the_weight():
     one = made("rmsnorm")
-    hzz = closed.output_hessian_of_z(one.z, GAIN, one.g(), dense(one.output_hessian()))
-    expected = torch.kron(hzz, torch.outer(one.x, one.x))
+    # H_zz is the Hessian of a layer whose W is the identity.
+    L, C = closed.parts(torch.eye(D, dtype=torch.float64), one.z, GAIN, one.g(), dense(one.output_hessian()))
+    expected = torch.kron(L + C, torch.outer(one.x, one.x))
     assert (dense(one.weight_hessian()) - expected).abs().max() < 1e-10 * norm(expected)
 
 
