@@ -35,7 +35,7 @@ from gptnorm.theory.losses import Quadratic, softmax_head, sure_head
 
 VOCAB = 4096
 TOLERANCE = 1e-3
-"""Of the error of an eigenvalue, relative."""
+"""Of the residual of an eigenvalue, relative."""
 
 Loss = Callable[[Tensor], Tensor]
 Regime = Callable[[int, int, Tensor], Loss]
@@ -172,7 +172,7 @@ def check_width(seeds: Sequence[int], widths: Sequence[int], regimes: Mapping[st
         ],
         notes=[
             "W: d × d, entries of variance 1/d; x: standard normal; γ = 1; RMSNorm without ε. Spectral norms by "
-            f"Lanczos, errors below {lr_text(TOLERANCE)} of them.",
+            f"Lanczos, residuals below {lr_text(TOLERANCE)} of them.",
             "A, B: quadratic loss, g of length 1 and √d in a random direction, H_yy = GGᵀ / ‖GGᵀ‖ of a square normal "
             "G. With H_yy = I the constant is another, the exponent the same.",
             f"C: softmax over {VOCAB} tokens, entries of the head of variance 1/d, any of them the target. D: the "
