@@ -8,9 +8,9 @@ ratio is the median over rounds of this round's time over that of a gradient in 
 with its quartiles. curvlinops differentiates in forward mode, which silu's gradient lacks: take a recipe with GPT-2's
 activation, such as `laptop/prenorm model.backbone=gpt2 strategy.norm=rmsnorm`.
 
-The largest eigenvalue is timed from several random starts, the same vectors for ours (Lanczos) and for scipy's eigsh on
-curvlinops' operator, in turns, twice: with tolerance 1e-3 of each one's own rule, and in hindsight, at the loosest of 0.3,
-0.1, … 1e-4 that leaves every start within 1e-3 of the value. Errors are against ours at tolerance 1e-9.
+The largest eigenvalue is timed from several random starts, the same vectors for ours (Lanczos) and for scipy's eigsh
+on curvlinops' operator, in turns, twice: with tolerance 1e-3 of each one's own rule, and in hindsight, at the loosest
+of 0.3, 0.1, … 1e-4 that leaves every start within 1e-3 of the value. Errors are against ours at tolerance 1e-9.
 
 Memory is the largest resident size of a process of its own that takes ten products, less that of one that takes none.
 
@@ -178,9 +178,9 @@ def _timed_race(solvers: Any, tolerances: dict[str, float | None], value: float,
     times: dict[str, list[float]] = {name: [] for name, tolerance in tolerances.items() if tolerance is not None}
     errors: dict[str, list[float]] = {name: [] for name in times}
     for seed in range(starts):
-        for name in times:
+        for name, taken in times.items():
             found, seconds = _timed(lambda name=name, seed=seed: solvers[name](seed, tolerances[name]))
-            times[name].append(seconds)
+            taken.append(seconds)
             errors[name].append(abs(found - value) / abs(value))
     ours = times["gptnorm"]
     return {
