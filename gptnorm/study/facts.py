@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptnorm.recipe import Recipe, to_tree
+from gptnorm.config import Config
+from gptnorm.recipe import HOW, Recipe, to_tree
 from gptnorm.study.cell import TEXT
 from gptnorm.study.ladder import SETS
 from gptnorm.study.ledger import Facts, split
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 def split_settings(cells: list[Cell]) -> dict[str, Any]:
     """The settings that all strategies share, and those that differ, with each strategy's value: of its first cell.
 
-    What differs from cell to cell of a strategy is left out.
+    What differs from cell to cell of a strategy is left out, and how a run computes, which may change as a study grows.
     """
     by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        settings = flatten(to_tree(cell.config))
+        settings = {key: value for key, value in flatten(to_tree(cell.config)).items() if not key.startswith(HOW)}
         placed = [key for key, _ in (*cell.setup.place, *cell.setup.follows)]
         for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ()), *placed):
             settings.pop(varied, None)
@@ -64,12 +65,18 @@ def describe_study(
         },
         **({"texts": described} if len(described) > 1 or TEXT in dict(first.setup.place) else {}),
         "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
-        "environments": [{key: value for key, value in environment.items() if key != "started"}],
+        "environments": [{**{k: v for k, v in environment.items() if k != "started"}, **_how(first.config)}],
         "unigram_entropy": entropy,
         "seconds": None,
     }
 
 
+def _how(config: Config) -> dict[str, Any]:
+    """How the runs compute, where it is not as the docs say."""
+    usual = flatten(to_tree(Config()))
+    return {k: v for k, v in flatten(to_tree(config)).items() if k.startswith(HOW) and v != usual[k]}
+
+
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
-    return {key: value for key, value in said.items() if key not in VARIED}
+    return {key: value for key, value in said.items() if key not in VARIED and not key.startswith(HOW)}

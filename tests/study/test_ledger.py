@@ -18,6 +18,7 @@ from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
 from gptnorm.lock import locked
+from gptnorm.recipe import HOW
 from gptnorm.study import run
 from gptnorm.study.grid import Grid
 from gptnorm.study.ledger import OtherStudy
@@ -99,6 +100,11 @@ def test_how_a_run_is_computed_may_change(study, tmp_path):
     folder = ask(study, tmp_path / "out")
     ask(study, folder, "train.threads=2", "study.seeds=[4]")
     assert len(lines(folder)) == 4
+    facts = json.loads((folder / "study.json").read_text())
+    first, second = facts["environments"]
+    assert second == {**first, "train.threads": 2}
+    assert [line["environment"] for line in lines(folder)] == [0, 0, 1, 1]
+    assert not [key for part in facts["settings"].values() for key in part if key.startswith(HOW)]
 
 
 def test_other_text_is_another_study(study, tmp_path):
