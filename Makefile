@@ -17,8 +17,8 @@ $(VENV)/ready: pyproject.toml constraints.txt tests/oracles.txt
 quickstart: setup  ## compare three strategies over learning rates (minutes)
 	$(BIN)/gptnorm quickstart
 
-test: setup  ## the fast suite
-	$(BIN)/python -m pytest -q
+test: setup  ## the fast suite, in as many processes as there are cores, eight at most
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

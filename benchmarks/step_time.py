@@ -5,7 +5,8 @@
 All models live in one process and take turns, step by step, so that a slow minute of the machine
 hits them alike; a ratio is the median over rounds of this round's time over the reference's, with
 its quartiles. A step is forward, backward, clipping, AdamW and the strategy's own after_step, on
-random tokens, at the recipe's batch size divided by `train.accumulate` (one micro-batch).
+random tokens, at the recipe's batch size divided by `train.accumulate` (one micro-batch), compiled as the trainer does,
+block by block.
 
 Memory: `saved` is what autograd keeps of the forward pass for the backward pass (eager, storages
 counted once, weights left out); `peak` is the GPU's peak during a step less what the other models
@@ -24,7 +25,6 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from gptnorm.train.optim import build_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3
-"""Steps before the first that is timed; the first compiled one takes minutes."""
+"""Steps before the first that is timed; the first compiled one takes a quarter of a minute to minutes."""
 
 
 class Runner:
@@ -52,9 +52,8 @@ class Runner:
     def __init__(self, config: Config, device: torch.device, tokens: Tensor, vocab: int, compiled: bool) -> None:
         self.config, self.device, self.tokens = config, device, tokens
         self.model: GPT = build_gpt(config, vocab=vocab, device=device)
-        prepare_blocks(self.model, "none", compiled=False, float8=config.train.precision == "fp8")
+        prepare_blocks(self.model, "none", compiled=compiled, float8=config.train.precision == "fp8")
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.loss: Callable[[Tensor], Tensor] = torch.compile(self.model.loss) if compiled else self.model.loss
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.train.precision == "fp32":
@@ -64,8 +63,8 @@ class Runner:
     def step(self) -> None:
         self.optimizer.zero_grad()
         with self.autocast():
-            loss = self.loss(self.tokens)
-        loss.backward()
+            total = self.model.objective(self.tokens).total
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip or float("inf"))
         self.optimizer.step()
         self.model.after_step()
@@ -90,7 +89,7 @@ class Runner:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.autocast():
-            self.model.loss(self.tokens)
+            self.model.objective(self.tokens)
         return sum(storages.values())
 
     def peak_bytes(self) -> int | None:

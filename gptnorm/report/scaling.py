@@ -70,7 +70,7 @@ class Spot:
     @property
     def picked_loss(self) -> float:
         """Of the picking seeds at their best rate."""
-        best = self.track.best
+        best = self.track.picked_best
         return math.inf if best is None or best.loss is None else best.loss
 
     @property

@@ -1,29 +1,32 @@
 r"""A tolerance study as data: what each strategy bears, at its own best, on other seeds than those that picked it.
 
-A *track* is one strategy with one setting at one place. Its best rate $\eta^*$ is picked on the picking seeds, whose
-mean makes one curve; every number below is then taken seed by seed on the reported seeds, and a mean over them has its
-95 % t-interval. A study without reported seeds is a *screening*: its numbers are those of the picking seeds, flattered
-by the picking, and it says so. The functions named are `gptnorm.study.measures`'.
+A *track* is one strategy with one setting at one place. The picking seeds alone find rates to try; then every number
+below is taken seed by seed on the reported seeds, each at the rate $\eta^*_s$ that is best on the mean of all other
+seeds, picking ones included (leave one out). So no seed has a say in where it is reported, and yet a rate does not hang
+on the luck of one or two. A mean over seeds has its 95 % t-interval. Where the reported seeds trained at the picked rate
+alone (`study.report = "best"`) that is $\eta^*$ for all, and no interval holds the error of the picking (`crossed`). A
+study without reported seeds is a *screening*: its numbers are those of the picking seeds, flattered by the picking, and
+it says so. The functions named are `gptnorm.study.measures`'.
 
 | number | on one seed |
 |---|---|
-| loss | validation loss at $\eta^*$ |
+| loss | validation loss at $\eta^*_s$ |
 | edge | `edge_of`: the largest stable rate and the first unstable one above |
-| near | `reach_of` the loss at $\eta^*$ plus epsilon |
+| near | `reach_of` the loss at $\eta^*_s$ plus epsilon |
 | sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, the loss at the start |
-| gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*$ |
-| spikes | at $\eta^*$ |
-| nonlinearity | mean over blocks, at $\eta^*$; `gptnorm.probe.linearity` |
+| gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*_s$ |
+| spikes | at $\eta^*_s$ |
+| nonlinearity | mean over blocks, at $\eta^*_s$; `gptnorm.probe.linearity` |
 
 How far up the baseline's best loss is kept (`Pair.beats`) is no mean of numbers per seed: it is where the mean loss
-crosses, `kept`.
+crosses, `kept`, from the rate that is best on the mean of all seeds, $\eta^*$, which is the one that is printed.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +41,7 @@ from gptnorm.study.measures import (
     Kept,
     Point,
     best_point,
+    best_without,
     chosen,
     edge_of,
     edge_ratio,
@@ -52,6 +56,9 @@ from gptnorm.study.measures import (
 )
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
+
+
+End = Literal["lowest", "highest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +109,58 @@ class Track:
 
     @cached_property
     def picked(self) -> list[Point]:
-        """The curve that the best rate is picked on: means over the picking seeds, of the rates that all have."""
+        """The curve that says which rates to try: means over the picking seeds, of the rates that all of them have."""
         return picked_curve([self._points(seed) for seed in self.pick], self.worse)
 
     @cached_property
-    def best(self) -> Point | None:
-        """The point of lowest loss of `picked`."""
+    def picked_best(self) -> Point | None:
+        """Of the picking seeds."""
         return best_point(self.picked)
 
+    @cached_property
+    def _common(self) -> dict[int, list[Point]]:
+        """The points of every seed that has begun, picking and reported, at the rates that all of these have; of the
+        picking ones alone where the rate that they picked is not among these."""
+        begun = {seed: self._points(seed) for seed in (*self.pick, *self.seeds) if seed in self._by_seed}
+        rates = set.intersection(*({point.lr for point in points} for points in begun.values())) if begun else set()
+        if self.picked_best is None or self.picked_best.lr not in rates:
+            return {seed: self._points(seed) for seed in self.pick}
+        return {seed: [point for point in points if point.lr in rates] for seed, points in begun.items()}
+
+    @cached_property
+    def pooled(self) -> list[Point]:
+        """Means over all seeds, those that pick and those reported, at the rates that all of them have."""
+        return picked_curve(list(self._common.values()), self.worse)
+
+    @cached_property
+    def best(self) -> Point | None:
+        """The point of lowest loss over all seeds; over those that pick where no rate is stable on all."""
+        return best_point(self.pooled) or self.picked_best
+
     @property
-    def end(self) -> Literal["lowest", "highest"] | None:
+    def crossed(self) -> bool:
+        """Whether each seed's rate was picked on all others, from several: then intervals hold the error of picking."""
+        return self.seeds != self.pick and len(self.pooled) > 1
+
+    @property
+    def end(self) -> End | None:
         """Whether the best is the lowest or highest rate tried, and so no optimum."""
-        if self.best is None or not self.picked:
-            return None
-        ends: dict[float, Literal["lowest", "highest"]] = {
-            self.picked[-1].lr: "highest",
-            self.picked[0].lr: "lowest",
-        }
-        return ends.get(self.best.lr)
+        return _end(self.pooled if self.crossed else self.picked, self.best)
+
+    @property
+    def picked_end(self) -> End | None:
+        """The same of the picking seeds."""
+        return _end(self.picked, self.picked_best)
+
+    @cached_property
+    def rate_by_seed(self) -> dict[int, float]:
+        """The rate at which each reported seed is reported, which is best on all the others."""
+        if self.best is None:
+            return {}
+        if not self.crossed:
+            return dict.fromkeys(self.seeds, self.best.lr)
+        found = {seed: best_without(self._common, seed, self.worse) or self.best for seed in self.seeds}
+        return {seed: point.lr for seed, point in found.items()}
 
     @cached_property
     def lrs(self) -> list[float]:
@@ -147,7 +188,7 @@ class Track:
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """At the best rate, by reported seed; those that failed there are missing."""
+        """At the rate of each, by reported seed; those that failed there are missing."""
         found = {seed: self._at_best(seed) for seed in self.seeds}
         return {
             seed: trial.point.loss
@@ -261,9 +302,8 @@ class Track:
         return next((trial.cell.parameters for trial in self.trials if trial.cell.parameters is not None), None)
 
     def _at_best(self, seed: int) -> Trial | None:
-        if self.best is None:
-            return None
-        return next((trial for trial in self._by_seed.get(seed, []) if trial.point.lr == self.best.lr), None)
+        lr = self.rate_by_seed.get(seed)
+        return next((trial for trial in self._by_seed.get(seed, []) if trial.point.lr == lr), None)
 
     def _mean(self, value: Callable[[Trial], float | None]) -> Estimate | None:
         trials = [trial for seed in self.seeds if (trial := self._at_best(seed)) is not None]
@@ -432,6 +472,13 @@ class ToleranceStudy:
         return any(len(place.own) < len(self.about.strategies) for place in self.places) or any(
             not track.picked or (track.best is not None and track.ended < len(track.seeds)) for track in tracks
         )
+
+
+def _end(curve: Sequence[Point], best: Point | None) -> End | None:
+    if best is None or not curve:
+        return None
+    ends: dict[float, End] = {curve[-1].lr: "highest", curve[0].lr: "lowest"}
+    return ends.get(best.lr)
 
 
 def _loss_of(track: Track) -> float:

@@ -150,9 +150,10 @@ def _settings(study: ToleranceStudy, place: Place) -> Grid:
     names = [name for name in study.about.strategies if name in place.own]
     losses: dict[str, dict[str, str]] = {}
     for track in place.tracks:
-        best = track.best
-        loss = loss_text(best.loss) if best else NONE
-        losses.setdefault(track.setting, {})[track.strategy] = f"{loss} at {_best(track)}" if best else _best(track)
+        best = track.picked_best
+        rate = "" if best is None else str(marked(lr_text(best.lr), track.picked_end is not None))
+        at = f"{loss_text(best.loss)} at {rate}" if best else NONE if track.picked else MISSING
+        losses.setdefault(track.setting, {})[track.strategy] = at
     rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in losses.items())
     return Grid(title=_title(SETTINGS, place), head=("setting", *names), rows=rows, words=1)
 

@@ -335,6 +335,11 @@ def picked_curve(curves: Sequence[Sequence[Point]], worse: float) -> list[Point]
     return judged([mean_point(lr, [points[lr] for points in by_rate]) for lr in rates], worse)
 
 
+def best_without(curves: Mapping[int, Sequence[Point]], seed: int, worse: float) -> Point | None:
+    """The best of the mean over all seeds but one: picked where that one's loss had no say in it."""
+    return best_point(picked_curve([curve for other, curve in curves.items() if other != seed], worse))
+
+
 T = TypeVar("T")
 
 

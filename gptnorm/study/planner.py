@@ -7,6 +7,8 @@ For one strategy at one place (`Group`), by *curves* of runs over rates:
    found. Edges are found where they are reported: with "all" and "near".
 2. Reporting: the strategy as it comes, and as it was chosen to be, on each reported seed, at the rates that
    `study.report` names; then each seed's own edge is bracketed, or with "around" its own optimum.
+3. Where all seeds together find another best than those that pick, its neighbours are tried on all of them, too, until
+   it is bracketed as closely; with "best" there is nothing to find.
 
 The search is always replayed from its beginning, and a step is taken once all the runs that it rests on have ended. So
 the runs of a study are the same in whatever order they end, and however often it is killed. What else the ledger holds
@@ -75,10 +77,17 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
             curves[best] = picking(best, [point.lr for point in curves[best].curve], whole)
             wanted += pick_runs(best, curves[best].missing)
             ready += [best] if not curves[best].missing else []
+    firsts = {
+        setup: rates_of_all(
+            curves[setup].curve, [points.get((setup, seed), {}) for seed in (*study.pick, *study.seeds)], study
+        )
+        for setup in ready
+        if study.seeds
+    }
+    wanted += [run for setup, rates in firsts.items() for run in pick_runs(setup, rates)]
     for seed in study.seeds:
-        for setup in ready:
-            first = rates_to_report(curves[setup].curve, study)
-            missing = replay([points.get((setup, seed), {})], first, study, SEEK[study.report]).missing
+        for setup, rates in firsts.items():
+            missing = replay([points.get((setup, seed), {})], rates, study, SEEK[study.report]).missing
             wanted += [Run(group.strategy, setup, lr, seed) for lr in missing]
     return wanted
 
@@ -119,6 +128,33 @@ def replay(
         if not rates:
             rates = sorted(common - taken)
     return Replay(curve, [])
+
+
+def rates_of_all(
+    curve: Sequence[Point], by_seed: Sequence[Mapping[float, Point]], study: ToleranceConfig
+) -> list[float]:
+    """`rates_to_report`, and those that bracket the best of all seeds together, as far as the runs go that have ended.
+
+    Args:
+        curve: of the picking seeds.
+        by_seed: what is known, by seed and rate, of picking and reported seeds.
+    """
+    rates, grid = set(rates_to_report(curve, study)), tuple(sorted(study.lrs))
+    if study.report == "best":
+        return sorted(rates)
+    while all(rates <= points.keys() for points in by_seed):
+        pooled = picked_curve([[points[lr] for lr in sorted(rates)] for points in by_seed], study.stability.worse)
+        best = best_point(pooled)
+        if best is None:
+            break
+        tried = sorted(rates | {point.lr for point in curve})
+        place = tried.index(best.lr)
+        more = {*tried[max(0, place - 1) : place + 2]} - rates
+        more = more or {*next_rates(pooled, grid, study.search, "optimum", whole=False)} - rates
+        if not more:
+            break
+        rates |= more
+    return sorted(rates)
 
 
 def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import random
 import re
 import statistics
 from dataclasses import replace
@@ -234,6 +236,31 @@ def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
     assert "at least 8.00×" in told
 
 
+@pytest.mark.parametrize(("curve", "fewest"), [(0.1, 0.93), (0.02, 0.86)])
+def test_intervals_of_a_difference_hold_the_error_of_picking(tmp_path: Path, curve: float, fewest: float) -> None:
+    """Of two equal strategies, 400 times; the flatter curve's neighbours lie within the noise of one run."""
+    draw, held = random.Random(1), {"all": 0, "best": 0}
+    bowl, rates = Bowl(RATES[2], curve=curve), RATES[:5]
+    places = [{"optim.eps": float(number)} for number in range(1, 401)]
+    ledgers: dict[str, list[dict[str, Any]]] = {"all": [], "best": []}
+    for place, name in itertools.product(places, ("base", "ours")):
+        found = [
+            line(name, lr, seed, (bowl.outcome(lr, seed) or 0.0) + draw.gauss(0, 0.01), place=place)
+            for lr, seed in itertools.product(rates, range(6))
+        ]
+        best = min((entry for entry in found if entry["seed"] == 0), key=lambda entry: entry["val_loss"])
+        ledgers["all"] += found
+        ledgers["best"] += [entry for entry in found if entry["seed"] == 0 or entry["lr"] == best["lr"]]
+    for report, lines in ledgers.items():
+        folder = make_tolerance(tmp_path / report, lines, lrs=rates, asked={"places": places, "report": report})
+        for at_place in load_tolerance(folder).places:
+            difference = at_place.pairs(tuned=False)["ours"].difference
+            assert difference is not None
+            held[report] += difference.low <= 0 <= difference.high
+    assert fewest * 400 <= held["all"] <= 0.97 * 400
+    assert held["best"] < held["all"]
+
+
 def test_a_seed_that_fails_at_the_best_rate(tmp_path: Path) -> None:
     lines = known_lines()
     for entry in lines:
@@ -241,7 +268,8 @@ def test_a_seed_that_fails_at_the_best_rate(tmp_path: Path) -> None:
             entry |= {"status": "diverged", "val_loss": None}
     study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
     row = row_of(markdown_tolerance(study), "Loss, each at its own best rate", "ours")
-    assert row[1:4] == ["unstable (1 of 5)", "1.6e-2", "–"]
+    # The others say 1.6e-2, where seed 3 fails; of all together it is no longer the best.
+    assert row[1:4] == ["unstable (1 of 5)", "8e-3", "–"]
     assert any(note.startswith("unstable (k of n)") for note in notes(study, grids(study)))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptnorm.study.cell import Setup
 from gptnorm.study.config import ToleranceConfig
-from gptnorm.study.measures import Point, best_point, edge_of, judged
+from gptnorm.study.measures import Point, best_point, edge_of, judged, picked_curve
 from gptnorm.study.planner import Group, rates_to_report, wanted_runs
 
 OWN, TUNED, WORSE = Setup(), Setup(variant=(("init.std", "published"),)), Setup(variant=(("init.std", 1.0),))
@@ -115,6 +115,28 @@ def test_around_brackets_each_seed_s_own_optimum_and_no_edge():
         assert max(mine) < 0.1, "nobody looks for an edge"
     picked = best_point(curve(ended, OWN, 0)).lr
     assert all(picked in {point.lr for point in curve(ended, OWN, seed)} for seed in asked.seeds)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around"]))
+def test_the_best_of_all_seeds_is_bracketed_on_all_of_them(number, report):
+    """On a curve so flat and noisy that the picking seed is often wrong."""
+
+    def truth(run):
+        draw = random.Random(repr((number, run)))
+        return Point(run.lr, 2 + 0.02 * math.log(run.lr / 6e-3) ** 2 + draw.gauss(0, 0.02), run.lr < 0.5)
+
+    asked = study(report=report)
+    ended = carried_out(Group(strategy="a", setups=(OWN,)), truth, asked)
+    curves = [curve(ended, OWN, seed) for seed in (0, *asked.seeds)]
+    pooled = picked_curve(curves, asked.stability.worse)
+    rates, best = [point.lr for point in pooled], best_point(pooled).lr
+    place = rates.index(best)
+    assert best_point(curves[0]).lr in rates
+    assert 0 < place < len(rates) - 1
+    for neighbour in (rates[place - 1], rates[place + 1]):
+        factor = max(best / neighbour, neighbour / best)
+        assert factor <= asked.search.optimum * 1.01 or neighbour >= 0.5
 
 
 def test_only_the_strategy_as_it_comes_and_the_chosen_setting_are_reported():
