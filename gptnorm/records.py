@@ -62,6 +62,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line that a kill cut short is skipped.
+
+    Raises:
+        UserError: another line is no JSON object, or lacks strategy, lr or seed.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} cannot be read as a JSON object; mend it, or take it out")
+        lr, seed = finite(row.get("lr")), row.get("seed")
+        if not isinstance(row.get("strategy"), str) or lr is None or lr <= 0 or type(seed) is not int:
+            raise UserError(f"{path}: line {number} lacks strategy, lr or seed, or has a wrong one: {row!r}")
+        rows.append(row)
+    return rows
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a `config.toml`, or an empty dict where the file is missing."""
     if not path.exists():

@@ -121,11 +121,13 @@ def _want(error: ErrorDetails) -> str:
         "string_type": "must be text",
         "dict_type": "must be a table",
         "tuple_type": 'must be a list, such as [1, 2] or ["a", "b"]',
-        "too_short": "must not be empty",
         "string_too_short": "must not be empty",
         "too_long": "has an entry too many",
         "missing": "needs an entry more",
     }
+    if error["type"] == "too_short":
+        least = error.get("ctx", {}).get("min_length", 1)
+        return "must not be empty" if least == 1 else f"needs {least} or more"
     if error["type"] in simple:
         return simple[error["type"]]
     return error["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")

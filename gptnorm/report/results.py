@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.records import finite, read_lines, read_object
+from gptnorm.records import finite, read_cells, read_object
 from gptnorm.statistics import sample_sd
 
 
@@ -40,7 +40,7 @@ class Cell:
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Cell:
-        """From a line of the ledger; KeyError, TypeError or ValueError where it lacks strategy, lr or seed."""
+        """From a line of `gptnorm.records.read_cells`."""
         parameters = finite(line.get("parameters"))
         return cls(
             strategy=str(line["strategy"]),
@@ -297,13 +297,10 @@ def _read_cells(
     """The outcomes of the grid and the number of those outside it; of a repeated run the last counts."""
     found: dict[tuple[str, float, int], Cell] = {}
     outside: set[tuple[Any, ...]] = set()
-    for raw in read_lines(path):
+    for raw in read_cells(path):
         if any(raw.get(key) != value for key, value in rung.items()):
             continue
-        try:
-            cell = Cell.read(raw)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: a line lacks strategy, lr or seed: {raw!r}") from None
+        cell = Cell.read(raw)
         # A learning rate may have been printed and read back on its way here.
         cell = replace(cell, lr=next((lr for lr in lrs if math.isclose(lr, cell.lr, rel_tol=1e-9)), cell.lr))
         key = (cell.strategy, cell.lr, cell.seed)

@@ -2,17 +2,17 @@ r"""A tolerance study as data: what each strategy bears, at its own best, on oth
 
 A *track* is one strategy with one setting at one place. The picking seeds alone find rates to try; then every number
 below is taken seed by seed on the reported seeds, each at the rate $\eta^*_s$ that is best on the mean of all other
-seeds, picking ones included (leave one out). So no seed has a say in where it is reported, and yet a rate does not hang
-on the luck of one or two. A mean over seeds has its 95 % t-interval. Where the reported seeds trained at the picked rate
-alone (`study.report = "best"`) that is $\eta^*$ for all, and no interval holds the error of the picking (`crossed`). A
-study without reported seeds is a *screening*: its numbers are those of the picking seeds, flattered by the picking, and
-it says so. The functions named are `gptnorm.study.measures`'.
+seeds, picking ones included (leave one out). So no seed has a say in where it is reported, and yet a rate does not
+hang on the luck of one or two. A mean over seeds has its 95 % t-interval. Where the reported seeds trained at the
+picked rate alone (`study.report = "best"`) that is $\eta^*$ for all, and no interval holds the error of the picking
+(`crossed`). A study without reported seeds is a *screening*: its numbers are those of the picking seeds, flattered by
+the picking, and it says so. The functions named are `gptnorm.study.measures`'.
 
 | number | on one seed |
 |---|---|
 | loss | validation loss at $\eta^*_s$ |
 | edge | `edge_of`: the largest stable rate and the first unstable one above |
-| near | `reach_of` the loss at $\eta^*_s$ plus epsilon |
+| near | `reach_of` the loss at $\eta^*_s$ plus epsilon; `ratio_at`: of that loss times a factor |
 | sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, the loss at the start |
 | gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*_s$ |
 | spikes | at $\eta^*_s$ |
@@ -36,6 +36,7 @@ from gptnorm.report.results import About, Cell
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
+    Bracket,
     Edge,
     Estimate,
     Kept,
@@ -44,19 +45,18 @@ from gptnorm.study.measures import (
     best_without,
     chosen,
     edge_of,
-    edge_ratio,
     judged,
     kept,
     mean_of,
     mean_rate,
     paired_difference,
     picked_curve,
+    rate_ratio,
     reach_of,
     sensitivity,
 )
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
-
 
 End = Literal["lowest", "highest"]
 
@@ -222,16 +222,25 @@ class Track:
     @property
     def edge(self) -> Bound | None:
         """Where training fails."""
-        return mean_rate([(edge.stable, edge.unstable) for edge in self.edges.values()])
+        return mean_rate([edge.bracket for edge in self.edges.values()])
 
     @property
     def near(self) -> Bound | None:
         """The largest rate within epsilon of the own best; None where a seed failed there."""
+        return mean_rate(list(self.near_by_seed.values()))
+
+    @property
+    def near_by_seed(self) -> dict[int, Bracket]:
+        return self.reaches(lambda loss: loss + self.epsilon)
+
+    def reaches(self, level: Callable[[float], float]) -> dict[int, Bracket]:
+        """By reported seed, the rate up to which its loss stays at or below a level that its best one sets; none where
+        a seed failed at its best rate."""
         if self.failed:
-            return None
-        reaches = [reach_of(self.curve(seed), loss + self.epsilon) for seed, loss in self.losses.items()]
+            return {}
+        found = {seed: reach_of(self.curve(seed), level(loss)) for seed, loss in self.losses.items()}
         # Of a seed that holds at the best rate there is always one.
-        return mean_rate([(reach.low, reach.high) for reach in reaches if reach is not None])
+        return {seed: reach.bracket for seed, reach in found.items() if reach is not None}
 
     @property
     def sensitivity(self) -> Estimate | None:
@@ -333,7 +342,16 @@ class Pair:
     @property
     def edge_ratio(self) -> Bound | None:
         """How many times as far out our edge is."""
-        return edge_ratio(self.ours.edges, self.theirs.edges)
+        return rate_ratio(*({s: edge.bracket for s, edge in t.edges.items()} for t in (self.ours, self.theirs)))
+
+    @property
+    def near_ratio(self) -> Bound | None:
+        """How many times as far up our loss stays within epsilon of our best as theirs does of theirs."""
+        return rate_ratio(self.ours.near_by_seed, self.theirs.near_by_seed)
+
+    def ratio_at(self, factor: float) -> Bound | None:
+        """The same of a loss of at most so many times the own best: the edge, were that where a run has failed."""
+        return rate_ratio(*(t.reaches(lambda loss: factor * loss) for t in (self.ours, self.theirs)))
 
     @property
     def beats(self) -> Kept | None:
@@ -426,6 +444,13 @@ class ToleranceStudy:
     def screening(self) -> bool:
         """Whether the numbers are those of the seeds that pick."""
         return not self.seeds
+
+    @property
+    def crossing(self) -> Literal["all", "some", "none"]:
+        """Of which tracks each seed stands at the rate that all others pick, so that intervals hold the error of it."""
+        own = [track for place in self.places for track in (*place.own.values(), *place.tuned.values()) if track.best]
+        crossed = sum(track.crossed for track in own)
+        return "none" if not crossed else "all" if crossed == len(own) else "some"
 
     @property
     def mapped(self) -> tuple[str, ...]:

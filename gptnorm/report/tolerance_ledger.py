@@ -8,11 +8,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError
-from gptnorm.records import finite, read_lines, read_object
+from gptnorm.records import finite, read_cells, read_object
 from gptnorm.report.results import About, Cell, read_about
 from gptnorm.report.tolerance import Place, ToleranceStudy, Track, Trial
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
-from gptnorm.study.ledger import text_of
+from gptnorm.study.ledger import refuse_half_a_study, text_of
 from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.search import Search
 
@@ -38,6 +38,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     if not isinstance(asked, dict):
         raise UserError(f"{path}: no tolerance study")
     about = read_about(folder, raw)
+    refuse_half_a_study(asked, path)
     stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
     trials = _read_trials(folder / "cells.jsonl", raw, stability)
     evaluated = [str(name) for name in asked.get("evaluate", ())]
@@ -144,13 +145,13 @@ def _track(
 
 def _read_trials(path: Path, raw: Mapping[str, Any], stability: Stability) -> Trials:
     found: Trials = {}
-    for line in read_lines(path):
+    for line in read_cells(path):
         try:
             entropy = finite(text_of(raw, line.get("place") or {}).get("unigram_entropy"))
             trial = _read_trial(line, stability, entropy)
             key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: a line lacks strategy, lr or seed: {line!r}") from None
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{path}: a line is none of a tolerance study: {line!r}") from None
         found.setdefault(key, {})[trial.cell.run] = trial
     return found
 

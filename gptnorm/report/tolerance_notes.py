@@ -13,6 +13,8 @@ from gptnorm.report.grids import Grid
 from gptnorm.report.scaling_table import scaling_words
 from gptnorm.report.tolerance import ToleranceStudy
 
+LINE = "Rate up to which the loss stays below so many times the own best, over {}'s"
+
 
 def notes(study: ToleranceStudy, grids: Sequence[Grid]) -> list[str]:
     """Plain lines that explain the words and signs of `grids`, and only those that occur."""
@@ -81,13 +83,22 @@ def _loss(study: ToleranceStudy) -> str:
             f"A screening: the numbers are those of the {plural(len(study.pick), 'seed')} that picked each best rate, "
             "so every best loss is flattered. Loss: validation, nats per token."
         )
-    return f"Loss: validation, nats per token, over {plural(len(study.seeds), 'seed')} that did not pick the rate."
+    told = f"Loss: validation, nats per token, over {plural(len(study.seeds), 'seed')}"
+    how = {
+        "all": ", each at the rate that is best on the mean of all other seeds.",
+        "some": " that did not pick the rate; where all tried several, each at that which is best on all others.",
+        "none": " that did not pick the rate.",
+    }
+    return told + how[study.crossing]
 
 
 def _best(study: ToleranceStudy) -> str:
+    within = f"neighbours were tried until they were within a factor {study.search.optimum:g}"
+    if study.crossing == "all":
+        return f"Best rate: that of the lowest mean loss over all seeds, {seeds_text(study.pick)} included; {within}."
     return (
-        f"Best rate: that of the lowest loss on {seeds_text(study.pick)}; neighbours were tried until they were within "
-        f"a factor {study.search.optimum:g}."
+        f"Best rate: that of the lowest loss on {seeds_text(study.pick)}; {within}. Where the reported seeds trained "
+        "there alone, no interval holds the error of that choice."
     )
 
 
@@ -117,6 +128,7 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "stable rate tried and the first unstable one, seed by seed, geometric mean. The interval also holds how "
         "closely it is known.",
         near: f"W{near}: the largest rate up to which the loss stays so, interpolated in ln(rate), seed by seed.",
+        LINE.format(base): "So many times the own best: the largest stable rate, were that where a run has failed.",
         beats: f"A{beats}: going up from the own best rate, that up to which the mean over seeds of the loss minus "
         f"{base}'s at its own best stays at or below 0, interpolated in ln(rate); a rate that is unstable on some seed "
         "ends it. Its interval runs from where the upper limit of that mean's 95 % interval leaves 0 (–: at the own "

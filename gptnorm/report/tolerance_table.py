@@ -13,10 +13,12 @@ from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
-from gptnorm.report.tolerance_notes import notes
+from gptnorm.report.tolerance_notes import LINE, notes
 from gptnorm.study.measures import Estimate, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"
+FACTORS = (1.05, 1.1, 1.2, 1.3, 1.4)
+"""Of the own best loss."""
 BASELINE = "baseline"
 NONE = "none"
 WIDE = 4
@@ -40,6 +42,7 @@ def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     found = [
         _loss_grid(study, place),
         _rate_grid(study, place),
+        _line_grid(study, place),
         *_tuned_grids(study, place),
         _other_grid(study, place),
     ]
@@ -106,6 +109,7 @@ def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     near = f"within {study.epsilon:g} nats of own best up to"
     columns[near] = lambda name: rate_entry(tracks[name].near if name in tracks else None)
     if study.others:
+        columns[f"that over {base}'s "] = lambda name: BASELINE if name == base else _near_ratio(pairs.get(name))
         columns[f"at most {base}'s best loss up to"] = lambda name: _beats(pairs.get(name))
     return Grid(
         title=_title("How far the rate can be pushed", place),
@@ -113,6 +117,22 @@ def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
         rows=tuple((name, *(entry(name) for entry in columns.values())) for name in study.ranked(tracks)),
         words=1,
     )
+
+
+def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+    """What is left of the ratios of tolerances if failing is drawn closer to the best."""
+    pairs = place.pairs(tuned=False)
+    factors = [factor for factor in FACTORS if factor < study.stability.worse]
+    rows = [
+        (name, *(marked(ratio_entry(pair.ratio_at(factor)), pair.at_end) for factor in factors))
+        for name in study.ranked(place.own)
+        if (pair := pairs.get(name)) is not None
+    ]
+    if not study.follows_rates or not factors or not any(pair.edge_ratio for pair in pairs.values()):
+        return None
+    head = ("strategy", *(f"{factor:g} times" for factor in factors))
+    title = _title(LINE.format(study.baseline), place)
+    return Grid(title=title, head=head, rows=tuple(rows), words=1)
 
 
 def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
@@ -253,6 +273,10 @@ def _difference(pair: Pair | None) -> Entry:
 
 def _edge_ratio(pair: Pair | None) -> Entry:
     return MISSING if pair is None else marked(ratio_entry(pair.edge_ratio), pair.at_end)
+
+
+def _near_ratio(pair: Pair | None) -> Entry:
+    return MISSING if pair is None else marked(ratio_entry(pair.near_ratio), pair.at_end)
 
 
 def _beats(pair: Pair | None) -> Entry:

@@ -41,10 +41,18 @@ def caveats(study: ToleranceStudy) -> list[str]:
             "study.seeds to have other seeds reported."
         )
     else:
-        found.append(
-            f"Best rates were picked on {seeds_text(study.pick)} and reported on {seeds_text(study.seeds)}, but on the "
-            "same validation text: what is special to that text is not averaged out."
+        who = (
+            f"Each of {seeds_text(study.seeds)} is reported at the rate that all other seeds pick"
+            if study.crossing == "all"
+            else f"Best rates were picked on {seeds_text(study.pick)} and reported on {seeds_text(study.seeds)}"
         )
+        found.append(f"{who}, but on the same validation text: what is special to that text is not averaged out.")
+        if study.crossing != "all":
+            found.append(
+                "Where the reported seeds trained at the best rate alone, no interval holds the error of picking it on "
+                f"{plural(len(study.pick), 'seed')}, so that intervals are too narrow where the curve is flat; "
+                "study.report=around mends that."
+            )
     if seeds == 1 or (study.screening and len(study.pick) == 1):
         found.append("One seed shows no spread: no difference or ratio here can be told from chance.")
     elif not study.screening:

@@ -114,12 +114,7 @@ def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T
     Raises:
         UserError: there is none, or it has an unknown key, a wrong value or an entry twice.
     """
-    table: dict[str, Any] = {}
-    merge(table, recipe.study)
-    extra = parse_overrides(overrides).get("study", {})
-    if not isinstance(extra, dict):
-        raise bad_value("study", extra, "must be a table; write its keys as study.KEY")
-    merge(table, extra)
+    table = _table(recipe, overrides)
     if not table:
         raise UserError(f"recipe {recipe.name!r}: has no [study] table")
     study = read_table(cls, table, key="study")
@@ -128,6 +123,21 @@ def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T
         if isinstance(values, tuple) and len(set(map(repr, values))) != len(values):
             raise bad_value(f"study.{entry.name}", list(values), "must not repeat an entry")
     return study
+
+
+def said_keys(recipe: Recipe, overrides: tuple[str, ...]) -> frozenset[str]:
+    """The dotted keys of `[study]` that recipe or arguments name, also where they say what is so by default."""
+    return frozenset(flatten(_table(recipe, overrides)))
+
+
+def _table(recipe: Recipe, overrides: tuple[str, ...]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    merge(table, recipe.study)
+    extra = parse_overrides(overrides).get("study", {})
+    if not isinstance(extra, dict):
+        raise bad_value("study", extra, "must be a table; write its keys as study.KEY")
+    merge(table, extra)
+    return table
 
 
 def refuse_other_ladders(study: StudyConfig, ladder: Axis | None) -> None:

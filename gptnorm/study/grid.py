@@ -41,8 +41,8 @@ class Grid:
         refuse_other_ladders(study, self.ladder)
         return study
 
-    def grown(self, study: StudyConfig, earlier: Facts) -> StudyConfig:
-        """The grid of both."""
+    def grown(self, study: StudyConfig, earlier: Facts, said: frozenset[str]) -> StudyConfig:
+        """The grid of both; whatever was said."""
 
         def both(key: str, there: list[Any]) -> tuple[Any, ...]:
             return tuple(dict.fromkeys([*there, *getattr(study, key)]))

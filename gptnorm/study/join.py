@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.records import read_lines
-from gptnorm.study.ledger import Ledger, read_facts
+from gptnorm.records import read_cells
+from gptnorm.study.ledger import Facts, Ledger, OtherStudy, differences, joined, read_facts
 
 Part = tuple[int, int]
 """K of N, from 1."""
@@ -46,8 +46,9 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
+        _refuse_others(ledger.earlier, found)
         for part, facts in found:
-            lines = [line for line in read_lines(part / "cells.jsonl") if isinstance(line.get("run"), str)]
+            lines = [line for line in read_cells(part / "cells.jsonl") if isinstance(line.get("run"), str)]
             new = [line for line in {line["run"]: line for line in lines}.values() if line["run"] not in ledger.done]
             places = ledger.begin(facts)
             for line in new:
@@ -62,6 +63,17 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
                 ledger.spent(facts["seconds"] or 0.0)
             added += len(new)
     return added
+
+
+def _refuse_others(whole: Facts | None, found: Sequence[tuple[Path, Facts]]) -> None:
+    """OtherStudy, before anything is written, where the runs of a part are not comparable with all before it."""
+    for part, facts in found:
+        if whole is None:
+            whole = facts
+            continue
+        for key, before, now in differences(whole, facts):
+            raise OtherStudy(f"{part}: cannot be joined, for its {key} = {now!r}, and that of the others is {before!r}")
+        whole = joined(whole, facts)
 
 
 def _copy_run(part: Path, folder: Path, run: str) -> None:

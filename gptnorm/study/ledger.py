@@ -20,15 +20,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
-from gptnorm.records import read_lines, read_object
+from gptnorm.records import read_cells, read_object
 from gptnorm.study.cell import TEXT, text_name
+from gptnorm.study.config import Report
+from gptnorm.study.outcome import Stability
+from gptnorm.study.search import Search
 from gptnorm.tables import flatten
 
 Facts = dict[str, Any]
@@ -125,8 +128,8 @@ class Ledger:
     def _read(self) -> None:
         if (self.folder / "study.json").is_file():
             self.earlier = read_facts(self.folder)
+            lines = read_cells(self.folder / "cells.jsonl")
             _end_the_last_line(self.folder / "cells.jsonl")
-            lines = read_lines(self.folder / "cells.jsonl")
             self.done = {line["run"]: line for line in lines if isinstance(line.get("run"), str)}
         elif any(path.name not in self._beside for path in self.folder.iterdir()):
             raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
@@ -146,17 +149,32 @@ def read_facts(folder: Path) -> Facts:
     facts = read_object(folder / "study.json")
     if not _is_whole(facts):
         raise bad_value("--dir", str(folder), "its study.json lacks what is needed to go on; name another")
+    if "tolerance" in facts:
+        refuse_half_a_study(facts["tolerance"], folder / "study.json")
     return facts
+
+
+def refuse_half_a_study(asked: Mapping[str, Any], path: Path) -> None:
+    """UserError where the table "tolerance" of a study.json lacks something, or has it of another kind."""
+    try:
+        Search(**asked["search"])
+        Stability(**{key: float(value) for key, value in asked["stability"].items()})
+        whole = float(asked["epsilon"]) > 0 and asked["report"] in get_args(Report)
+        whole = whole and bool(asked["pick"]) and all(type(seed) is int for seed in asked["pick"])
+        whole = whole and isinstance(asked["baseline"], str) and isinstance(asked["tune"], dict)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: its table 'tolerance' lacks something, or has a wrong value")
 
 
 def refuse_another(earlier: Facts, facts: Facts, folder: Path) -> None:
     """OtherStudy, with the first thing that differs, if runs of the two would not be comparable."""
-    for key, before, now in _comparable(earlier, facts):
-        if before != now:
-            raise OtherStudy(
-                f"--dir = {str(folder)!r}: holds a study with {key} = {before!r}, not {now!r}; name another folder, or "
-                "have it moved aside with --fresh"
-            )
+    for key, before, now in differences(earlier, facts):
+        raise OtherStudy(
+            f"--dir = {str(folder)!r}: holds a study with {key} = {before!r}, not {now!r}; name another folder, or "
+            "have it moved aside with --fresh"
+        )
 
 
 def joined(earlier: Facts, facts: Facts) -> Facts:
@@ -219,6 +237,11 @@ def text_of(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[st
     return {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
 
 
+def differences(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
+    """What would have to be equal for the runs of two studies to be comparable, and is not: key, value before, now."""
+    return ((key, before, now) for key, before, now in _comparable(earlier, facts) if before != now)
+
+
 def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     """What must be equal: key, value before, value now."""
     yield "recipe", earlier["recipe"], facts["recipe"]
@@ -274,7 +297,17 @@ def _union(before: list[Any], now: list[Any]) -> list[Any]:
 
 
 def _end_the_last_line(path: Path) -> None:
-    """A kill may have left half a line, and the next one must not be glued to it."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+    """A kill may have left half a line, which is taken out, or a whole one that has no end yet."""
+    if not path.exists():
+        return
+    *_, last = path.read_bytes().rpartition(b"\n")
+    if not last:
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            json.loads(last)
+        except ValueError:
+            file.truncate(end - len(last))
+        else:
             file.write(b"\n")

@@ -26,6 +26,9 @@ from typing import NamedTuple, TypeVar
 
 from gptnorm.statistics import sample_sd, t_quantile
 
+Bracket = tuple[float, float | None]
+"""Two rates between which another one is known to lie; None: it was not reached."""
+
 
 class Point(NamedTuple):
     """One run, or the mean of several."""
@@ -46,9 +49,8 @@ class Edge:
     """The first unstable one above it; None: nothing above was tried, or nothing failed."""
 
     @property
-    def middle(self) -> float | None:
-        """The edge itself, at most √(unstable / stable) off; None where it was not reached."""
-        return None if self.unstable is None else math.sqrt(self.stable * self.unstable)
+    def bracket(self) -> Bracket:
+        return self.stable, self.unstable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,13 @@ class Reach:
     """The first unstable rate, where one ends it; None: it is kept up to the highest rate tried."""
 
     @property
+    def bracket(self) -> Bracket:
+        return self.low, self.high
+
+    @property
     def middle(self) -> float | None:
         """The reach itself; None where it was not reached."""
-        return None if self.high is None else math.sqrt(self.low * self.high)
+        return _middle(self.bracket)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +292,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean_of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
-def mean_rate(brackets: Sequence[tuple[float, float | None]]) -> Bound | None:
+def mean_rate(brackets: Sequence[Bracket]) -> Bound | None:
     """The geometric mean of rates over seeds, each known between two; None without one.
 
     Its interval runs from the lower end of that of the lower rates to the upper end of that of the upper ones, so that
@@ -303,22 +309,27 @@ def mean_rate(brackets: Sequence[tuple[float, float | None]]) -> Bound | None:
     return Bound(value=math.sqrt(low.value * high.value), low=low.low, high=high.high, seeds=low.seeds, at_least=False)
 
 
-def edge_ratio(ours: Mapping[int, Edge], theirs: Mapping[int, Edge]) -> Bound | None:
-    """How many times as far out our edges are, seed by seed; None where no seed has both, or theirs was not reached.
+def rate_ratio(ours: Mapping[int, Bracket], theirs: Mapping[int, Bracket]) -> Bound | None:
+    """How many times as far out our rates are, seed by seed; None where no seed has both, or theirs was not reached.
 
-    As in `mean_rate`, the interval also holds how closely the edges are known.
+    As in `mean_rate`, the interval also holds how closely the rates are known.
     """
     seeds = sorted(ours.keys() & theirs.keys())
-    pairs = [(ours[seed], theirs[seed]) for seed in seeds]
-    if not pairs or any(their.unstable is None for _, their in pairs):
+    if not seeds or any(theirs[seed][1] is None for seed in seeds):
         return None
-    low = geometric_mean([our.stable / their.unstable for our, their in pairs if their.unstable])
-    if any(our.unstable is None for our, _ in pairs):
-        value = geometric_mean([our.stable / their.middle for our, their in pairs if their.middle]).value
-        return Bound(value=value, low=low.low, high=None, seeds=len(pairs), at_least=True)
-    high = geometric_mean([our.unstable / their.stable for our, their in pairs if our.unstable])
-    value = geometric_mean([our.middle / their.middle for our, their in pairs if our.middle and their.middle]).value
-    return Bound(value=value, low=low.low, high=high.high, seeds=len(pairs), at_least=False)
+    reached = all(ours[seed][1] is not None for seed in seeds)
+    # Without an upper end of ours the value, too, is one that it is at least.
+    nominal = [(_middle(ours[seed]) if reached else ours[seed][0], _middle(theirs[seed])) for seed in seeds]
+    value = geometric_mean([our / their for our, their in nominal if our and their]).value
+    low = geometric_mean([ours[seed][0] / high for seed in seeds if (high := theirs[seed][1])]).low
+    uppers = [high / theirs[seed][0] for seed in seeds if (high := ours[seed][1])]
+    high = geometric_mean(uppers).high if reached else None
+    return Bound(value=value, low=low, high=high, seeds=len(seeds), at_least=not reached)
+
+
+def _middle(bracket: Bracket) -> float | None:
+    low, high = bracket
+    return None if high is None else math.sqrt(low * high)
 
 
 def mean_point(lr: float, points: Sequence[Point]) -> Point:

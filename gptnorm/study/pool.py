@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from gptnorm.errors import UserError
 from gptnorm.records import read_lines
 from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
@@ -74,7 +76,7 @@ def run_cells(
 ) -> Iterator[tuple[Cell, Outcome]]:
     """Runs cells in `workers` processes and yields each with its outcome as it ends.
 
-    A failing cell ends the study with its exception; cells that have ended are kept.
+    A failing cell ends the study with its exception, a killed worker with a UserError; cells that have ended are kept.
 
     Args:
         wanted: the cells that are missing; asked at the start, and again whenever one has ended and was dealt with.
@@ -107,7 +109,13 @@ def run_cells(
                 display.running(_drain(queue))
                 # What has ended well is kept before what has not ends the study.
                 for future in sorted(done, key=lambda future: future.exception() is not None):
-                    outcome = future.result()
+                    try:
+                        outcome = future.result()
+                    except BrokenProcessPool:
+                        raise UserError(
+                            "a process that trained was killed, perhaps for want of memory; ended ones are kept, and "
+                            f"the same command goes on, with fewer runs at once by study.workers={max(1, workers // 2)}"
+                        ) from None
                     waiting.remove(future)
                     cell = futures.pop(future)
                     display.finished(cell, outcome.result)

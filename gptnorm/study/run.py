@@ -16,7 +16,7 @@ from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import Recipe, load_recipe
 from gptnorm.study.cell import Cell
-from gptnorm.study.config import StudyConfig
+from gptnorm.study.config import StudyConfig, said_keys
 from gptnorm.study.facts import describe_study
 from gptnorm.study.join import Part
 from gptnorm.study.ledger import Facts, Ledger, text_of
@@ -71,8 +71,12 @@ class Kind(Protocol):
         """What is asked for; UserError if it is not that of such a study."""
         ...
 
-    def grown(self, study: Any, earlier: Facts) -> StudyConfig:
-        """What is asked for now and what was asked before, together."""
+    def grown(self, study: Any, earlier: Facts, said: frozenset[str]) -> StudyConfig:
+        """What is asked for now and what was asked before, together.
+
+        Args:
+            said: the keys of `[study]` that recipe or command name now.
+        """
         ...
 
     def plan(self, recipe: Recipe, study: Any, overrides: tuple[str, ...]) -> Plan:
@@ -110,7 +114,7 @@ def run_study(
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(Ledger(folder))
         if ledger.earlier is not None and not fresh:
-            study = kind.grown(study, ledger.earlier)
+            study = kind.grown(study, ledger.earlier, said_keys(recipe, overrides))
         plan = kind.plan(recipe, study, overrides)
         config = plan.samples[0].config
         with console.status("preparing the text …"):

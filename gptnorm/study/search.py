@@ -25,8 +25,10 @@ from pydantic.dataclasses import dataclass
 from gptnorm.config import STRICT
 from gptnorm.study.measures import Point, best_point, edge_of
 
-Factor = Annotated[float, Field(gt=1.05)]
-"""More than what rounding to three digits can blur."""
+CLOSEST = 1.05
+"""Factor between two rates; less of one can be blurred by rounding to three digits."""
+
+Factor = Annotated[float, Field(gt=CLOSEST)]
 
 
 Seek = Literal["both", "optimum", "edge"]

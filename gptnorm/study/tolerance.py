@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gptnorm.config import Config
@@ -29,10 +29,10 @@ from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
 from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
-from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.outcome import point_of
 from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Entropy, Lines
-from gptnorm.study.search import Search
+from gptnorm.study.search import CLOSEST
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Tolerance:
     def checked(self, study: ToleranceConfig) -> ToleranceConfig:
         """The study; UserError where its parts contradict each other."""
         refuse_other_ladders(study, None)
+        for low, high in itertools.pairwise(sorted(study.lrs)):
+            if high / low < CLOSEST:
+                allowed = f"needs rates a factor {CLOSEST:g} or more apart"
+                raise bad_value("study.lrs", [low, high], allowed)
         both = sorted(set(study.pick) & set(study.seeds))
         if both:
             allowed = f"must be other seeds than study.pick = {list(study.pick)}: a rate picked on a seed flatters it"
@@ -61,7 +65,7 @@ class Tolerance:
             raise UserError(f"study.tune.{min(common)}: is in {study.where}, too; it is either tuned or mapped")
         return study
 
-    def grown(self, study: ToleranceConfig, earlier: Facts) -> ToleranceConfig:
+    def grown(self, study: ToleranceConfig, earlier: Facts, said: frozenset[str]) -> ToleranceConfig:
         """What either asks for."""
         before = earlier.get("tolerance", {})
         grown: dict[str, Any] = {}
@@ -79,11 +83,13 @@ class Tolerance:
         places += [place for place in asked if place not in places]
         # Those of the ledger and those asked for, written out: a map of both would have more.
         grown |= {"map": {}, "places": tuple(dict(place) for place in places)}
-        for key in ("baseline", "epsilon", "report", "evaluate", "search", "stability"):
-            # What neither recipe nor command says now stays as it was said.
-            if key in before and getattr(study, key) == _default(study, key):
-                table = {"search": Search, "stability": Stability}.get(key)
-                grown[key] = table(**_read(before[key])) if table else hashable(before[key])
+        # What neither recipe nor command says now stays as it was said.
+        for key in ("baseline", "epsilon", "report", "evaluate"):
+            if key in before and key not in said:
+                grown[key] = hashable(before[key])
+        for key in ("search", "stability"):
+            kept = {leaf: value for leaf, value in _read(before.get(key, {})).items() if f"{key}.{leaf}" not in said}
+            grown[key] = replace(getattr(study, key), **kept)
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
         return replace(study, **grown)
 
@@ -188,10 +194,6 @@ class TolerancePlan:
         model = self._recipe.resolve(self._shared, strategy=strategy).model
         sizes = sizes_at(width, model, key)
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
-
-
-def _default(study: ToleranceConfig, key: str) -> Any:
-    return next(entry.default for entry in fields(study) if entry.name == key)
 
 
 def _read(table: Mapping[str, Any]) -> dict[str, Any]:

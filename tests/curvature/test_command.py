@@ -48,7 +48,7 @@ def test_a_recipe_at_initialisation(ask, recipe, tmp_path):
         "residual",
         "λ > 0.1",
     ):
-        assert words in out
+        assert words in " ".join(out.split())  # where a line breaks depends on the length of the text's path
     record = json.loads(path.read_text())
     (reading,) = record["readings"]
     assert reading["step"] == 0

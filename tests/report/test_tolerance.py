@@ -111,13 +111,23 @@ def test_edges_and_their_ratio(known: str) -> None:
 
 def test_reach(known: str) -> None:
     """SLOPE nats an octave: ε = 0.05 is half an octave, and the lead over the baseline's best is so many."""
-    _, _, _, near, beats = row_of(known, "How far the rate can be pushed", "ours")
+    _, _, _, near, near_ratio, beats = row_of(known, "How far the rate can be pushed", "ours")
     assert numbers(near) == pytest.approx([RATES[4] * 2 ** (0.05 / SLOPE)] * 3, rel=5e-3)
+    assert numbers(near_ratio) == pytest.approx([2.0] * 3, rel=5e-3), "one slope, bests an octave apart"
     leads = [(2.0 + SHIFTS[seed] - 1.85 + 2 * SHIFTS[seed]) / SLOPE for seed in SEEDS]
     # Lines of one slope: that the mean crosses, and each limit, is the mean and the limits of where the seeds cross.
     expected = [RATES[4] * 2**octaves for octaves in interval(leads)]
     assert numbers(beats) == pytest.approx(expected, rel=5e-3)
-    assert row_of(known, "How far the rate can be pushed", "base")[4] == "–"
+    assert row_of(known, "How far the rate can be pushed", "base")[5] == "–"
+
+
+def test_ratios_where_the_line_is_drawn_closer(known: str) -> None:
+    """(k - 1) times the own best loss is so many octaves up from it."""
+    title = "Rate up to which the loss stays below so many times the own best, over base's"
+    octaves = [1 + 0.05 * (1.85 - 2 * SHIFTS[seed] - 2.0 - SHIFTS[seed]) / SLOPE for seed in SEEDS]
+    row = row_of(known, title, "ours")
+    assert numbers(row[1]) == pytest.approx([2**mean for mean in interval(octaves)], rel=5e-3)
+    assert len(row) == 6
 
 
 def beats_of(tmp_path: Path, lead: float, seeds: tuple[int, ...] = SEEDS, edge: float = math.inf) -> str:
@@ -130,7 +140,7 @@ def beats_of(tmp_path: Path, lead: float, seeds: tuple[int, ...] = SEEDS, edge: 
     lines = [*lines_of({"base": Bowl(8e-3, edge=2e-1)}, RATES, SHIFTS), *ours]
     study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=seeds))
     assert tolerance_bars(study, study.places[0], "p")
-    return row_of(markdown_tolerance(study), "How far the rate can be pushed", "ours")[4]
+    return row_of(markdown_tolerance(study), "How far the rate can be pushed", "ours")[5]
 
 
 def test_at_most_the_baselines_best_loss_in_every_case(tmp_path: Path) -> None:
@@ -226,7 +236,7 @@ def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
     text = markdown_tolerance(study)
     assert row_of(text, "Loss, each at its own best rate", "wide")[2] == "2.56e-1 edge"
     assert row_of(text, "Loss, each at its own best rate", "low")[2] == "1e-3 edge"
-    _, edge, ratio, near, _ = row_of(text, "How far the rate can be pushed", "wide")
+    _, edge, ratio, near, *_ = row_of(text, "How far the rate can be pushed", "wide")
     assert edge == near == r"≥ 2.56e-1 \[2.56e-1, ∞)"
     assert ratio == "≥ 8.00 edge"  # over 3.2e-2, the first rate that is not stable for base
     assert "edge: lowest or highest" in text
@@ -375,8 +385,8 @@ def test_an_end_is_marked_wherever_something_stands_on_it(tmp_path: Path) -> Non
     loss, stable = "Loss, each at its own best rate: ", "How far the rate can be pushed: "
     assert marks(f"{loss}{escaped[0]}", "base") == [False, True, False, False]
     assert marks(f"{loss}{escaped[0]}", "ours") == [False, False, True, False]
-    assert marks(f"{stable}{escaped[0]}", "ours") == [False, True, False, True]
-    assert marks(f"{stable}{escaped[1]}", "ours") == [False, False, False, False]
+    assert marks(f"{stable}{escaped[0]}", "ours") == [False, True, False, True, True]
+    assert marks(f"{stable}{escaped[1]}", "ours") == [False, False, False, False, False]
     tuned, against = "Tuned: init.std: ", "Against base, as they come and with init.std tuned for both: "
     assert marks(f"{tuned}{escaped[0]}", "base")[1:] == [True, True, False], "it has no gain, its own setting is chosen"
     assert marks(f"{tuned}{escaped[0]}", "ours")[1:] == [False, False, False]

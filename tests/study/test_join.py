@@ -75,8 +75,11 @@ def test_what_does_not_go_together(study, tmp_path):
     mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", quiet)
     other = run_study(Grid(), str(study), (*SMALL, "train.steps=5"), tmp_path / "other", quiet)
     before = everything(mine)
-    with pytest.raises(OtherStudy, match=r"train\.steps = 4, not 5"):
+    with pytest.raises(OtherStudy, match=r"other: cannot be joined, for its train\.steps = 5, and .* others is 4"):
         join_studies([other], mine)
+    with pytest.raises(OtherStudy, match=r"other: cannot be joined"):
+        join_studies([mine, other], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="joined into itself"):
         join_studies([mine], mine)
     with pytest.raises(UserError, match="no such file"):

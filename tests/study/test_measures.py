@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptnorm.study.measures import (
+    Bracket,
     Edge,
     Point,
     Reach,
     best_point,
     edge_of,
-    edge_ratio,
     geometric_mean,
     judged,
     kept,
     mean_rate,
+    rate_ratio,
     reach_of,
     sensitivity,
 )
@@ -42,7 +43,7 @@ def test_best_and_edge():
     edge = edge_of(curve)
     assert edge.stable == pytest.approx(10**-1.75)
     assert edge.unstable == pytest.approx(10**-1.5)
-    assert edge.stable < edge.middle < edge.unstable
+    assert edge.bracket == (edge.stable, edge.unstable)
     assert edge_of(curve_of(parabola(1e-3))) == Edge(stable=RATES[-1], unstable=None)
     assert edge_of([Point(lr, None, False) for lr in RATES]) is None
 
@@ -207,7 +208,7 @@ def test_more_points_do_not_weigh_more():
 
 
 def exactly(edges):
-    return {seed: Edge(stable=edge, unstable=edge) for seed, edge in enumerate(edges)}
+    return {seed: (edge, edge) for seed, edge in enumerate(edges)}
 
 
 def test_intervals_cover():
@@ -216,7 +217,7 @@ def test_intervals_cover():
     for trial in range(trials):
         theirs = np.exp(draw.normal(-4, 0.3, 5))
         ours = 3.0 * theirs * np.exp(draw.normal(0, 0.2, 5))
-        found = edge_ratio(exactly(ours), exactly(theirs))
+        found = rate_ratio(exactly(ours), exactly(theirs))
         hits += found.low <= 3.0 <= found.high
         if trial < 20:
             logs = np.log(ours / theirs)
@@ -227,23 +228,23 @@ def test_intervals_cover():
 
 
 def test_ratios_are_paired_by_seed():
-    ours = {1: Edge(stable=2.0, unstable=2.0), 2: Edge(stable=8.0, unstable=8.0), 9: Edge(stable=1.0, unstable=1.0)}
-    theirs = {1: Edge(stable=1.0, unstable=1.0), 2: Edge(stable=4.0, unstable=4.0), 5: Edge(stable=7.0, unstable=7.0)}
-    found = edge_ratio(ours, theirs)
+    ours = {1: (2.0, 2.0), 2: (8.0, 8.0), 9: (1.0, 1.0)}
+    theirs = {1: (1.0, 1.0), 2: (4.0, 4.0), 5: (7.0, 7.0)}
+    found = rate_ratio(ours, theirs)
     assert (found.value, found.seeds, found.at_least) == (pytest.approx(2.0), 2, False)
-    assert edge_ratio({1: theirs[1]}, {2: theirs[1]}) is None
+    assert rate_ratio({1: theirs[1]}, {2: theirs[1]}) is None
     alone = geometric_mean([4.0])
     assert (alone.value, alone.low, alone.high) == (pytest.approx(4.0), None, None)
 
 
 def test_an_edge_that_was_not_reached_bounds_from_one_side():
-    open_, closed = Edge(stable=4.0, unstable=None), Edge(stable=4.0, unstable=5.0)
-    theirs = {1: Edge(stable=1.0, unstable=2.0), 2: Edge(stable=1.0, unstable=2.0)}
-    found = edge_ratio({1: open_, 2: closed}, theirs)
+    open_, closed = (4.0, None), (4.0, 5.0)
+    theirs = {1: (1.0, 2.0), 2: (1.0, 2.0)}
+    found = rate_ratio({1: open_, 2: closed}, theirs)
     assert found.at_least
     assert found.high is None
     assert found.low == pytest.approx(2.0), "4 over 2, twice"
-    assert edge_ratio(theirs, {1: open_, 2: closed}) is None
+    assert rate_ratio(theirs, {1: open_, 2: closed}) is None
     mean = mean_rate([(4.0, None), (4.0, 5.0)])
     assert (mean.value, mean.high, mean.at_least) == (pytest.approx(4.0), None, True)
     assert mean_rate([]) is None
@@ -259,17 +260,17 @@ def test_edges_found_by_bisection_cover():
     for _ in range(trials):
         edges = {name: {seed: draw.gauss(math.log(mean), 0.3) for seed in range(5)} for name, mean in
                  (("ours", 6e-2), ("theirs", 2e-2))}  # fmt: skip
-        found: dict[str, dict[int, Edge]] = {"ours": {}, "theirs": {}}
+        found: dict[str, dict[int, Bracket]] = {"ours": {}, "theirs": {}}
         for name, by_seed in edges.items():
             for seed, edge in by_seed.items():
                 tried: list[Point] = []
                 while rates := next_rates(tried, grid, Search(edge=1.3), seek="edge"):
                     new = [Point(lr, 2 + math.log(lr / 5e-3) ** 2, math.log(lr) < edge) for lr in rates]
                     tried = sorted([*tried, *new])
-                found[name][seed] = edge_of(tried)
-        ratio = edge_ratio(found["ours"], found["theirs"])
+                found[name][seed] = edge_of(tried).bracket
+        ratio = rate_ratio(found["ours"], found["theirs"])
         ratios += ratio.low <= 3.0 <= ratio.high
-        mean = mean_rate([(edge.stable, edge.unstable) for edge in found["ours"].values()])
+        mean = mean_rate(list(found["ours"].values()))
         means += mean.low <= 6e-2 <= mean.high
     # They also hold how closely edges are known, so they cover more often than 95 of 100.
     assert ratios / trials > 0.95

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from operator import attrgetter
 
 import pytest
 from rich.console import Console
@@ -11,8 +12,9 @@ from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
+from gptnorm.report import load_tolerance
 from gptnorm.study.asked import as_settings, parse_rates
-from gptnorm.study.config import ToleranceConfig
+from gptnorm.study.config import ToleranceConfig, said_keys
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, point_of
@@ -69,6 +71,41 @@ def test_it_grows(study, tmp_path):
                 'study.strategies=["prenorm","ngpt","simplenorm"]')  # fmt: skip
     grown, asked = outcomes(folder), outcomes(whole)
     assert asked.items() <= grown.items(), "what a study of both makes, and what the first one tried beside that"
+
+
+@pytest.mark.parametrize(
+    ("settings", "grown"),
+    [
+        ([], {"report": "near", "epsilon": 0.1, "search.edge": 4.0, "search.optimum": 3.0, "search.reach": 0}),
+        (["study.report=all"], {"report": "all", "epsilon": 0.1}),
+        (["study.epsilon=0.05"], {"report": "near", "epsilon": 0.05}),
+        (["study.search.edge=1.5"], {"search.edge": 1.5, "search.optimum": 3.0, "search.reach": 0}),
+        (["study.search.edge=1.3"], {"search.edge": 1.3, "search.optimum": 3.0, "search.reach": 0}),
+    ],
+)
+def test_what_is_said_now_counts_also_where_it_is_the_default(study, settings, grown):
+    """And what is not said stays as it was, setting by setting."""
+    first = ("study.report=near", "study.epsilon=0.1", "study.search.edge=4.0", "study.search.optimum=3.0")
+    before, kind, recipe = plan(study, *first), Tolerance(), load_recipe(str(study))
+    facts = {"strategies": ["prenorm", "ngpt"], "lrs": [0.001, 0.01], "seeds": [3], **before.describe()}
+    now = kind.grown(kind.read(recipe, tuple(settings)), facts, said_keys(recipe, tuple(settings)))
+    for key, value in grown.items():
+        assert attrgetter(key)(now) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pick", None), ("epsilon", "a"), ("search", {"edge": "x"}), ("search", None), ("stability", {"rise": []}),
+     ("report", "most"), ("tune", [])],
+)  # fmt: skip
+def test_half_a_study_is_refused_in_one_line(study, tmp_path, key, value):
+    folder = ask(study, tmp_path / "out")
+    facts = json.loads((folder / "study.json").read_text())
+    facts["tolerance"][key] = value
+    (folder / "study.json").write_text(json.dumps(facts))
+    for look in (lambda: ask(study, folder), lambda: load_tolerance(folder)):
+        with pytest.raises(UserError, match=r"study\.json: its table 'tolerance' lacks something|lacks what is needed"):
+            look()
 
 
 def test_settings_are_tuned(study, tmp_path):
@@ -136,7 +173,8 @@ def test_other_maps_are_another_study(study, tmp_path):
     [
         (["study.pick=[3]"], "study.seeds = [3]: must be other seeds"),
         (["study.pick=[]"], "study.pick = []: must not be empty"),
-        (["study.lrs=[0.01]"], "study.lrs"),
+        (["study.lrs=[0.01]"], "study.lrs = [0.01]: needs 2 or more"),
+        (["study.lrs=[0.01,0.0101]"], "study.lrs = [0.01, 0.0101]: needs rates a factor 1.05 or more apart"),
         (["study.baseline=foo"], "study.baseline = 'foo': must be one of prenorm, ngpt"),
         (["study.report=most"], "study.report = 'most'"),
         (["study.search.edge=1.0"], "study.search.edge = 1.0"),
