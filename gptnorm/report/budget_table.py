@@ -71,14 +71,12 @@ def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
 
 
 def _at_equal_time(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
-    tracks = [budgets[budget].own.get(name) for name in (ours, theirs)]
-    seconds = [track.step_seconds if track else None for track in tracks]
-    if seconds[0] is None or seconds[1] is None:
-        return MISSING
-    slowdown = seconds[0] / seconds[1]
+    seconds = [track.seconds_by_seed if (track := budgets[budget].own.get(name)) else {} for name in (ours, theirs)]
+    # Of each seed by itself, so that the interval holds how much times differ from run to run.
+    slowdown = {seed: seconds[0][seed] / seconds[1][seed] for seed in seconds[0].keys() & seconds[1].keys()}
     mine = _curves(budgets, ours)
     found = at_equal_time(mine, _curves(budgets, theirs), budget, slowdown)
-    used = {at for curve in mine.values() for at in around(curve, budget / slowdown)}
+    used = {at for seed in mine.keys() & slowdown.keys() for at in around(mine[seed], budget / slowdown[seed])}
     return marked(difference_entry(found), _at_end(budgets, ours, used) or _at_end(budgets, theirs, [budget]))
 
 

@@ -6,7 +6,7 @@ the strategy's own best rate there. Between two budgets the loss is a straight l
 | measure | definition | source |
 |---|---|---|
 | speed-up at T | $T / T'$, $T'$ the first budget at which our loss is the baseline's at T | docs/tolerance.md |
-| difference at equal time | our loss at $T\, s_b / s$ minus the baseline's at T; s, s_b: seconds per step | ours |
+| difference at equal time | our loss at $T\, s_b / s$ minus the baseline's at T; s, s_b: a seed's seconds per step | ours |
 
 All budgets have the same tokens per step, so fewer steps are fewer tokens. The source does not say how it reads $T'$
 off; nothing is extrapolated here, so at the ends of the budgets only a bound may be known.
@@ -100,17 +100,17 @@ def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: flo
 
 
 def at_equal_time(
-    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float, slowdown: float
+    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float, slowdown: Mapping[int, float]
 ) -> Estimate | None:
     """Our loss minus the baseline's at `budget`, we being given the same time, seed by seed.
 
     Args:
-        slowdown: our seconds per step over the baseline's.
+        slowdown: for each seed, our seconds per step over the baseline's.
 
     Returns:
         None where no seed has both, or the time is that of a budget outside ours.
     """
-    our_loss = {seed: loss_at(curve, budget / slowdown) for seed, curve in ours.items()}
+    our_loss = {seed: loss_at(ours[seed], budget / slowdown[seed]) for seed in ours.keys() & slowdown.keys()}
     return paired_difference(
         {seed: loss for seed, loss in our_loss.items() if loss is not None},
         {seed: curve[budget] for seed, curve in theirs.items() if budget in curve},

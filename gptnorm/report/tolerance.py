@@ -293,7 +293,16 @@ class Track:
     @property
     def step_seconds(self) -> float | None:
         """Median over the runs that came to their end, on whatever machine they ran."""
-        seconds = [trial.cell.seconds for trial in self.trials if trial.cell.finished and trial.cell.seconds]
+        return self._step_seconds(self.trials)
+
+    @property
+    def seconds_by_seed(self) -> dict[int, float]:
+        """The same over the runs of each reported seed."""
+        found = {seed: self._step_seconds(self._by_seed.get(seed, ())) for seed in self.seeds}
+        return {seed: seconds for seed, seconds in found.items() if seconds is not None}
+
+    def _step_seconds(self, trials: Sequence[Trial]) -> float | None:
+        seconds = [trial.cell.seconds for trial in trials if trial.cell.finished and trial.cell.seconds]
         return statistics.median(seconds) / self.steps if seconds and self.steps else None
 
     @property

@@ -87,11 +87,14 @@ def test_loss_after_the_same_time() -> None:
     assert loss_at(curve, 801) is None
     assert [around(curve, at) for at in (99, 100, 300, 801)] == [[], [100], [200, 400], []]
     # A quarter slower: 400 of their steps take as long as 320 of ours.
-    found = at_equal_time({1: line_in_log(2.9, 0.2)}, {1: curve}, 400, 1.25)
+    found = at_equal_time({1: line_in_log(2.9, 0.2)}, {1: curve}, 400, {1: 1.25})
     assert found is not None
     assert found.value == pytest.approx(-0.1 + 0.2 * math.log(1.25))
-    assert at_equal_time({1: curve}, {1: curve}, 100, 1.25) is None
-    assert at_equal_time({1: curve}, {1: curve}, 800, 0.8) is None
+    two = at_equal_time(dict.fromkeys((1, 2), line_in_log(2.9, 0.2)), {1: curve, 2: curve}, 400, {1: 1.25, 2: 1.6})
+    assert two is not None
+    assert two.value == pytest.approx(-0.1 + 0.2 * math.log(1.25 * 1.6) / 2)
+    assert at_equal_time({1: curve}, {1: curve}, 100, {1: 1.25}) is None
+    assert at_equal_time({1: curve}, {1: curve}, 800, {1: 0.8}) is None
 
 
 def test_tables(tmp_path: Path) -> None:

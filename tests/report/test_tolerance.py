@@ -246,9 +246,12 @@ def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
     assert "at least 8.00×" in told
 
 
-@pytest.mark.parametrize(("curve", "fewest"), [(0.1, 0.93), (0.02, 0.86)])
-def test_intervals_of_a_difference_hold_the_error_of_picking(tmp_path: Path, curve: float, fewest: float) -> None:
-    """Of two equal strategies, 400 times; the flatter curve's neighbours lie within the noise of one run."""
+@pytest.mark.parametrize(("curve", "fewest", "lead"), [(0.05, 0.93, 0.1), (0.02, 0.86, 0.0)])
+def test_intervals_of_a_difference_hold_the_error_of_picking(
+    tmp_path: Path, curve: float, fewest: float, lead: float
+) -> None:
+    """Of two equal strategies, 400 times: 95 of 100, and far fewer where one seed picks. On the flatter curve, whose
+    neighbours lie within the noise of one run, it is 89, and no fewer from one seed, which is as good as a guess."""
     draw, held = random.Random(1), {"all": 0, "best": 0}
     bowl, rates = Bowl(RATES[2], curve=curve), RATES[:5]
     places = [{"optim.eps": float(number)} for number in range(1, 401)]
@@ -268,7 +271,7 @@ def test_intervals_of_a_difference_hold_the_error_of_picking(tmp_path: Path, cur
             assert difference is not None
             held[report] += difference.low <= 0 <= difference.high
     assert fewest * 400 <= held["all"] <= 0.97 * 400
-    assert held["best"] < held["all"]
+    assert held["best"] < held["all"] - lead * 400
 
 
 def test_a_seed_that_fails_at_the_best_rate(tmp_path: Path) -> None:
