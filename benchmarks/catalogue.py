@@ -126,8 +126,8 @@ def page(root: Path) -> str:
         lines.append(f"| {_label(name)} | {measured.lr:g} | {measured.loss} | {gap} | {edge} |")
     notes = (
         f"\nNats per token, mean ± seed sd (ddof 1) over {len(SEEDS)} seeds. In brackets the 95 % paired t-interval of "
-        "the gap, seed by seed; with this many strategies one in twenty excludes zero by chance. edge: the best rate "
-        "stands at the edge of those tried.\n"
+        "the gap, seed by seed, which does not hold the error of picking the rate on one seed; with this many "
+        "strategies one in twenty excludes zero by chance. edge: the best rate stands at the edge of those tried.\n"
     )
     tables = [
         *ledger_sections(screens(root), "Screen, seed 0: "),

@@ -130,7 +130,7 @@ class Comparison:
         entropy = load_study(root / f"{self.prefix}-{self.rows[0].name}-screen").unigram_entropy
         notes = (
             "\nNats per token; the rates' columns are seed 0, then mean ± seed sd (ddof 1), and the gap with its 95 % "
-            "paired t-interval over the seeds.\n"
+            "paired t-interval over the seeds, which does not hold the error of picking the rate on one seed.\n"
             f"A model that knows token frequencies alone has {entropy:.3f}: a loss there is a failed run, however "
             "finite.\n"
         )

@@ -6,7 +6,7 @@ the strategy's own best rate there. Between two budgets the loss is a straight l
 | measure | definition | source |
 |---|---|---|
 | speed-up at T | $T / T'$, $T'$ the first budget at which our loss is the baseline's at T | docs/tolerance.md |
-| difference at equal time | our loss at $T\, s_b / s$ minus the baseline's at T; s, s_b: a seed's seconds per step | ours |
+| difference at equal time | our loss at $T\, s_b / s$ minus theirs at T; s, s_b: a seed's seconds per step | ours |
 
 All budgets have the same tokens per step, so fewer steps are fewer tokens. The source does not say how it reads $T'$
 off; nothing is extrapolated here, so at the ends of the budgets only a bound may be known.

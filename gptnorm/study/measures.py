@@ -6,7 +6,7 @@ A *curve* is one strategy with one seed, its points in ascending order of the ra
 | measure | definition | source |
 |---|---|---|
 | best | the stable point of lowest loss, ℓ* at η* | |
-| edge | going up from the best, the last rate before the first unstable one, η_max | simplegpt.md §6 |
+| edge | going up from the best, the last rate before the first unstable one, η_max | ours |
 | reach | going up from the best, the rate up to which ℓ(η) ≤ a level | ours |
 | kept | going up from a rate, that up to which the mean over seeds of ℓ_s(η) - level_s is ≤ 0 | ours |
 | sensitivity | $\frac{1}{\ln(b/a)} \int_a^b \min(\ell(\eta), \ell_0) - \ell^*\; d\ln\eta$ | arXiv 2309.14322 |

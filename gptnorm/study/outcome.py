@@ -19,7 +19,7 @@ TAIL = 0.05
 """Fraction of the run over which losses are averaged: its end, and any stretch as long."""
 
 SPIKE = 0.3
-"""Nats above the running median from which a step's loss is a spike (simplegpt.md §6)."""
+"""Nats above the running median from which a step's loss is a spike."""
 
 SPIKE_WINDOW = 50
 """Losses before the step that the running median is taken over."""
@@ -42,11 +42,11 @@ class Stability:
     """When a run counts as stable; each rule can be switched off with inf (the margin with -inf)."""
 
     rise: Annotated[float, Field(gt=0)] = 0.5
-    """Nats that the mean training loss at the end may lie above its lowest (simplegpt.md §6)."""
+    """Nats that the mean training loss at the end may lie above its lowest."""
     margin: float = 0.1
     """Nats that the final validation loss must lie below the unigram entropy: a collapsed run is finite."""
     worse: Annotated[float, Field(gt=1)] = 1.5
-    """Times the loss at the best rate that the final validation loss may be (simplegpt.md §6): what learned far less
+    """Times the loss at the best rate that the final validation loss may be: what learned far less
     than at another rate has failed, too."""
 
     def holds(self, loss: float | None, training: Training, entropy: float | None) -> bool:
