@@ -44,7 +44,7 @@ COMPARISON = Comparison(
         _row("spannorm", "init", "both"),
         _row("spannorm", "forward", "ffn"),
     ),
-    baselines=("prenorm-init", "postnorm-init", "postnorm-forward"),
+    baselines=("prenorm-init", "prenorm-forward", "postnorm-init", "postnorm-forward"),
 )
 
 THEIRS: dict[str, dict[float, str]] = {

@@ -128,7 +128,7 @@ def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
         for name in study.ranked(place.own)
         if (pair := pairs.get(name)) is not None
     ]
-    if not study.follows_rates or not factors or not any(pair.edge_ratio for pair in pairs.values()):
+    if not study.follows_rates or all(entry == MISSING for row in rows for entry in row[1:]):
         return None
     head = ("strategy", *(f"{factor:g} times" for factor in factors))
     title = _title(LINE.format(study.baseline), place)
