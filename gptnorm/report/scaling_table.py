@@ -66,7 +66,7 @@ def scaling_answer(study: ToleranceStudy) -> list[str]:
         ratio = saving(spots[name], spots[study.baseline], theirs[-1].flops)
         if ratio is None or side(ratio, 1.0) is None:
             continue
-        says = {1: "takes less compute", -1: "takes more compute", 0: "may take more or less compute"}
+        says = {1: "takes less compute", -1: "takes more compute", 0: "is not shown to take more or less compute"}
         found.append(
             f"To {study.baseline}'s loss at its largest compute {name} {says[side(ratio, 1.0) or 0]}: "
             f"{study.baseline}'s over its own is {ratio_entry(ratio)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gptnorm.report import page
@@ -15,24 +16,40 @@ def setting_table(settings: dict[str, Any]) -> Markup:
     return page.table("Settings", ["setting", "value"], rows)
 
 
+_NAMES = {
+    "gptnorm": "gptnorm",
+    "commit": "Commit",
+    "python": "Python",
+    "torch": "PyTorch",
+    "device": "Device",
+    "threads": "Threads",
+    "platform": "Platform",
+    "started": "Started",
+}
+"""Names of an environment's keys that a person reads."""
+
+
 def environment_pairs(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    """Versions, device and the like, under names a person reads."""
-    names = {
-        "gptnorm": "gptnorm",
-        "commit": "Commit",
-        "python": "Python",
-        "torch": "PyTorch",
-        "device": "Device",
-        "threads": "Threads",
-        "platform": "Platform",
-        "started": "Started",
-    }
-    known = [(name, value_text(environment[key])) for key, name in names.items() if key in environment]
-    more = [(key, value_text(value)) for key, value in environment.items() if key not in (*names, "resumed")]
-    return known + more + _resumed_pairs(environment, names)
+    """Versions, device and the like."""
+    known = [(name, value_text(environment[key])) for key, name in _NAMES.items() if key in environment]
+    more = [(key, value_text(value)) for key, value in environment.items() if key not in (*_NAMES, "resumed")]
+    return known + more + _resumed_pairs(environment)
 
 
-def _resumed_pairs(environment: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str]]:
+def environments_pairs(environments: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The first in full, of every other what differs from it; a key that it lacks is "–"."""
+    if not environments:
+        return []
+    first, *others = environments
+    pairs = environment_pairs(first)
+    for other in others:
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        words = "; ".join(f"{_NAMES.get(key, key)}: {value_text(other.get(key))}" for key in keys)
+        pairs.append(("Also made with", words))
+    return pairs
+
+
+def _resumed_pairs(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """Where a run went on, each with what was other than before."""
     pairs, before = [], environment
     parts = environment.get("resumed")
@@ -41,7 +58,7 @@ def _resumed_pairs(environment: dict[str, Any], names: dict[str, str]) -> list[t
             other = {key: value for key, value in part.items() if key != "step" and before.get(key) != value}
             if isinstance(other.get("settings"), list):
                 other["settings"] = " ".join(map(str, other["settings"]))
-            words = "; ".join(f"{names.get(key, key)}: {value_text(value)}" for key, value in other.items())
+            words = "; ".join(f"{_NAMES.get(key, key)}: {value_text(value)}" for key, value in other.items())
             pairs.append((f"Resumed at step {value_text(part.get('step'))}", words))
             before = {**before, **part}
     return pairs

@@ -15,7 +15,7 @@ from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
 from gptnorm.report.results import About, Cell, Study
-from gptnorm.report.shared import environment_pairs, setting_table
+from gptnorm.report.shared import environments_pairs, setting_table
 from gptnorm.report.table import CellText, cell_text, footnotes
 from gptnorm.report.verdict import caveats, gap_reading, interval_text, verdict
 
@@ -181,7 +181,7 @@ def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = 
         ("Recipe", study.recipe or "not recorded"),
         *_data_pairs(study),
         ("Seeds", ", ".join(str(seed) for seed in study.seeds) if seeds is None else seeds),
-        *(pair for environment in study.environments for pair in environment_pairs(environment)),
+        *environments_pairs(study.environments),
         ("Wall time", duration_text(study.seconds)),
     ]
     content = []

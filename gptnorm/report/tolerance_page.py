@@ -55,8 +55,11 @@ def _subtitle(study: ToleranceStudy) -> str:
     parts = ["1 strategy" if count == 1 else f"{count} strategies"]
     if study.mapped:
         parts.append(plural(len(study.places), "place"))
-    reported = f"reported on {plural(len(study.seeds), 'other')}" if study.seeds else "none reported"
-    parts.append(f"rates picked on {plural(len(study.pick), 'seed')}, {reported}")
+    if study.seeds and study.crossing == "all":
+        parts.append(f"{plural(len(study.seeds), 'seed')}, each at the rate that all others pick")
+    else:
+        reported = f"reported on {plural(len(study.seeds), 'other')}" if study.seeds else "none reported"
+        parts.append(f"rates picked on {plural(len(study.pick), 'seed')}, {reported}")
     parts.append(f"{plural(len(study.cells), 'run')} ended")
     return "; ".join(parts)
 

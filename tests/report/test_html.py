@@ -15,6 +15,7 @@ from report_folders import Outcome, make_run, make_study
 from gptnorm.errors import UserError
 from gptnorm.report import html as report
 from gptnorm.report.run_page import tokens_per_second
+from gptnorm.report.shared import environments_pairs
 
 EVIL = '<script>alert("x")</script>&amp;'
 CELLS: dict[str, dict[float, list[Outcome]]] = {
@@ -220,3 +221,17 @@ def test_speed_skips_the_first_line_and_a_restarted_clock() -> None:
     assert tokens_per_second(steady) == pytest.approx(100.0)
     assert tokens_per_second(steady[:1]) is None
     assert tokens_per_second([line(1, math.nan), line(2, 1.0)]) is None
+
+
+def test_of_a_second_environment_what_differs_is_told() -> None:
+    first = {"commit": "abc", "python": "3.11", "threads": 1, "train.device": "cpu"}
+    pairs = environments_pairs([first, {**first, "commit": "def", "train.compile": True}, first])
+    assert pairs == [
+        ("Commit", "abc"),
+        ("Python", "3.11"),
+        ("Threads", "1"),
+        ("train.device", "cpu"),
+        ("Also made with", "Commit: def; train.compile: true"),
+        ("Also made with", ""),
+    ]
+    assert environments_pairs([]) == []
