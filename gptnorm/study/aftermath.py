@@ -5,6 +5,7 @@
 | signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
 | nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
 | | `flops`: of the whole run as it was planned, `gptnorm.plan.flops` |
+| | `memory`: on a GPU, most bytes that the run's tensors took at once, whatever is measured |
 | | `elsewhere`: loss on the validation windows of each of `Cell.evaluated`, as on the run's own; None if it diverged |
 """
 
@@ -43,10 +44,10 @@ def run_and_measure(
     """A run, and the fields of the module's table."""
     config, measured, shards = cell.config, cell.measured, texts[cell.text]
     if measured is None:
-        return start_run(config, shards, folder, watcher), {}
+        return _train(config, shards, folder, watcher)
     # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it.
     checkpointed = replace(config, checkpoint=replace(config.checkpoint, final=True))
-    result = start_run(checkpointed, shards, folder, watcher)
+    result, memory = _train(checkpointed, shards, folder, watcher)
 
     model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
     found: dict[str, Any] = {"init": None, "trained": None}
@@ -68,11 +69,21 @@ def run_and_measure(
             shutil.rmtree(checkpoint)
     write_atomic(folder / "config.toml", dump_toml(config))
     if measured == "signal":
-        return result, {"signal": found}
+        return result, {**memory, "signal": found}
     train = config.train
     flops = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
     other = {"elsewhere": elsewhere} if elsewhere else {}
-    return result, {"nonlinearity": found["trained"], "flops": flops, **other}
+    return result, {**memory, "nonlinearity": found["trained"], "flops": flops, **other}
+
+
+def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tuple[Result, dict[str, Any]]:
+    """A run, and how much of a GPU's memory it took; what is measured afterwards may take more."""
+    device = resolve_device(config.train.device)
+    if device.type != "cuda":
+        return start_run(config, shards, folder, watcher), {}
+    torch.cuda.reset_peak_memory_stats(device)
+    result = start_run(config, shards, folder, watcher)
+    return result, {"memory": torch.cuda.max_memory_allocated(device)}
 
 
 @torch.no_grad()

@@ -38,8 +38,6 @@ class Outcome:
     training: Training
     measured: dict[str, Any]
     """What else the ledger says of the run, see `gptnorm.study.aftermath`."""
-    memory: int | None
-    """Most bytes of a GPU's memory that tensors took at once; None on a CPU."""
 
 
 REPORT_EVERY = 0.3
@@ -148,18 +146,12 @@ def _end_with_parent() -> None:
 
 
 def _run_cell(cell: Cell, texts: Mapping[str, Path], study: Path) -> Outcome:
-    import torch
-
     from gptnorm.data import Shards
     from gptnorm.study.aftermath import run_and_measure
-    from gptnorm.train.inputs import resolve_device
 
     folder = study / cell.folder
     # What a kill left of this run; it has not ended, or the ledger would have it.
     shutil.rmtree(folder, ignore_errors=True)
-    device = resolve_device(cell.config.train.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     shards = {name: Shards.open(texts[name]) for name in (cell.text, *cell.evaluated)}
     result, found = run_and_measure(cell, shards, folder, _Reporter(cell.folder))
     losses = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line.get("split") == "train"]
@@ -167,7 +159,6 @@ def _run_cell(cell: Cell, texts: Mapping[str, Path], study: Path) -> Outcome:
         result=result,
         training=summarize(losses, whole=result.status == "finished"),
         measured=found,
-        memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 

@@ -153,8 +153,6 @@ def _line(outcome: Outcome) -> dict[str, Any]:
     result, training = outcome.result, outcome.training
     record = {key: getattr(result, key) for key in ("status", "val_loss", "seconds", "parameters", "reason")}
     record |= {"tail_loss": training.tail, "lowest_loss": training.lowest, "spikes": training.spikes}
-    if outcome.memory is not None:
-        record["memory"] = outcome.memory
     return record | outcome.measured
 
 
