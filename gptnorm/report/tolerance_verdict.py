@@ -51,7 +51,7 @@ def caveats(study: ToleranceStudy) -> list[str]:
             found.append(
                 "Where the reported seeds trained at the best rate alone, no interval holds the error of picking it on "
                 f"{plural(len(study.pick), 'seed')}, so that intervals are too narrow where the curve is flat; "
-                "study.report=around mends that."
+                "study.report=neighbours mends that."
             )
     if seeds == 1 or (study.screening and len(study.pick) == 1):
         found.append("One seed shows no spread: no difference or ratio here can be told from chance.")

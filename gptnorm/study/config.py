@@ -19,7 +19,7 @@ from gptnorm.study.search import Search
 from gptnorm.tables import flatten, merge
 from gptnorm.typed import read_table
 
-Report = Literal["all", "near", "around", "best"]
+Report = Literal["all", "near", "around", "neighbours", "best"]
 """At which rates reported seeds train."""
 
 Axes = dict[str, tuple[Any, ...]]
@@ -78,9 +78,10 @@ class ToleranceConfig(StudyConfig):
     pick: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
     """Seeds that pick each strategy's best rate and setting; none of those reported."""
     report: Report = "all"
-    """Rates that reported seeds train at: every one that the picking seeds tried, those from the best's lower neighbour
-    up to the edge, the best with its two neighbours, or the best alone. With the first two each seed's own edge is
-    bracketed, with the third its own optimum; only the first two look for edges at all."""
+    """Rates that reported seeds train at: every one that the picking seeds tried ("all"), those from the best's lower
+    neighbour up to the edge ("near"), the best with its two neighbours ("around", "neighbours"), or the best alone. With
+    the first two each seed's own edge is bracketed, with "around" its own optimum; only the first two look for edges at
+    all."""
     baseline: str | None = None
     """The strategy that the others are compared with. Left out: the first."""
     epsilon: PositiveFloat = 0.05

@@ -92,7 +92,13 @@ def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]
     return wanted
 
 
-SEEK: dict[Report, Seek | None] = {"all": "edge", "near": "edge", "around": "optimum", "best": None}
+SEEK: dict[Report, Seek | None] = {
+    "all": "edge",
+    "near": "edge",
+    "around": "optimum",
+    "neighbours": None,
+    "best": None,
+}
 """What a reported seed goes on to look for from the rates that are reported."""
 
 
@@ -166,7 +172,7 @@ def rates_to_report(curve: Sequence[Point], study: ToleranceConfig) -> list[floa
     if study.report == "best":
         return [best.lr]
     place = rates.index(best.lr)
-    if study.report == "around":
+    if study.report in ("around", "neighbours"):
         return rates[max(0, place - 1) : place + 2]
     # Between best and edge no rate is left out: a reach is read off between two, and a failure may hide between them.
     below, last = rates[max(0, place - 1)], edge.unstable or edge.stable

@@ -55,7 +55,11 @@ def curve(ended, setup, seed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "best"]), st.sampled_from([(0,), (0, 9)]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["all", "near", "around", "neighbours", "best"]),
+    st.sampled_from([(0,), (0, 9)]),
+)
 def test_neither_order_nor_kills_matter(number, report, pick):
     group = Group(strategy="a", setups=(OWN, TUNED, WORSE))
     truth, asked = landscape(), study(report=report, pick=pick)
@@ -118,7 +122,7 @@ def test_around_brackets_each_seed_s_own_optimum_and_no_edge():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around"]))
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "neighbours"]))
 def test_the_best_of_all_seeds_is_bracketed_on_all_of_them(number, report):
     """On a curve so flat and noisy that the picking seed is often wrong."""
 
@@ -190,7 +194,7 @@ def test_a_setting_that_is_better_everywhere_is_chosen(ln_cliff, gain, number):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "best"]))
+@given(st.integers(0, 10**6), st.sampled_from(["all", "near", "around", "neighbours", "best"]))
 def test_what_has_grown_is_reported_where_it_is_best(number, report):
     """A study of few rates grows; every seed then stands at the rate that its whole ledger says is best."""
     draw = random.Random(number)
