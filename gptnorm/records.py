@@ -6,6 +6,7 @@ Such a line is skipped; everything before it counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tomllib
@@ -63,7 +64,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line that a kill cut short is skipped.
+    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line without its end, as a kill
+    leaves it, is skipped.
 
     Raises:
         UserError: another line is no JSON object, or lacks strategy, lr or seed.
@@ -71,13 +73,14 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with contextlib.suppress(ValueError):  # a whole line that lacks but its end counts
+        json.loads(cut)
+        lines.append(cut)
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
-            if number == len(lines):
-                break
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} cannot be read as a JSON object; mend it, or take it out")

@@ -48,6 +48,7 @@ from gptnorm.study.measures import (
     judged,
     kept,
     mean_of,
+    mean_point,
     mean_rate,
     paired_difference,
     picked_curve,
@@ -119,13 +120,28 @@ class Track:
 
     @cached_property
     def _common(self) -> dict[int, list[Point]]:
-        """The points of every seed that has begun, picking and reported, at the rates that all of these have; of the
-        picking ones alone where the rate that they picked is not among these."""
-        begun = {seed: self._points(seed) for seed in (*self.pick, *self.seeds) if seed in self._by_seed}
-        rates = set.intersection(*({point.lr for point in points} for points in begun.values())) if begun else set()
-        if self.picked_best is None or self.picked_best.lr not in rates:
-            return {seed: self._points(seed) for seed in self.pick}
-        return {seed: [point for point in points if point.lr in rates] for seed, points in begun.items()}
+        """The points of every seed, picking and reported, at the rates that all of these have.
+
+        A reported seed counts once it has trained at the best of all and its neighbours, so that one that has only
+        begun takes nothing away from the others.
+        """
+        picks = {seed: self._points(seed) for seed in self.pick}
+        tried = {point.lr for point in self.picked}
+        reported = {seed: {p.lr: p for p in self._points(seed) if p.lr in tried} for seed in self.seeds}
+        half = sum(map(bool, reported.values())) / 2
+        most = sorted(lr for lr in tried if sum(lr in points for points in reported.values()) > half)
+        means = [
+            mean_point(lr, [p for seed in (*self.pick, *self.seeds) for p in self._points(seed) if p.lr == lr])
+            for lr in most
+        ]
+        best = best_point(means)
+        if best is None or self.seeds == self.pick:
+            return picks
+        place = most.index(best.lr)
+        needed = set(most[max(0, place - 1) : place + 2])
+        whole = {seed: points for seed, points in reported.items() if needed <= points.keys()}
+        rates = tried.intersection(*whole.values())
+        return {seed: [point for point in self._points(seed) if point.lr in rates] for seed in (*self.pick, *whole)}
 
     @cached_property
     def pooled(self) -> list[Point]:
@@ -133,23 +149,30 @@ class Track:
         return picked_curve(list(self._common.values()), self.worse)
 
     @cached_property
-    def best(self) -> Point | None:
-        """The point of lowest loss over all seeds; over those that pick where no rate is stable on all."""
-        return best_point(self.pooled) or self.picked_best
-
-    @property
     def crossed(self) -> bool:
-        """Whether each seed's rate was picked on all others, from several: then intervals hold the error of picking."""
-        return self.seeds != self.pick and len(self.pooled) > 1
+        """Whether each reported seed, of two or more, stands at the rate that all others pick.
+
+        It does where the best of all has neighbours on all of them, or is an end of everything that was tried.
+        """
+        best = best_point(self.pooled)
+        if best is None or len(self.pooled) < 2 or len(self._common) < len(self.pick) + 2:
+            return False
+        end = _end(self.pooled, best)
+        return end is None or end == _end(self.picked, best)
+
+    @cached_property
+    def best(self) -> Point | None:
+        """The point of lowest loss over all seeds; over those that pick where it is not known to be one."""
+        return best_point(self.pooled) if self.crossed else self.picked_best
 
     @property
     def end(self) -> End | None:
         """Whether the best is the lowest or highest rate tried, and so no optimum."""
-        return _end(self.pooled if self.crossed else self.picked, self.best)
+        return _end(self.picked, self.best)
 
     @property
     def picked_end(self) -> End | None:
-        """The same of the picking seeds."""
+        """Whether the best of the picking seeds is."""
         return _end(self.picked, self.picked_best)
 
     @cached_property
@@ -198,12 +221,12 @@ class Track:
 
     @property
     def failed(self) -> int:
-        """Reported seeds that are not stable at the best rate."""
+        """Reported seeds that are not stable at the rate of each."""
         return sum(self._at_best(seed) is not None and seed not in self.losses for seed in self.seeds)
 
     @property
     def ended(self) -> int:
-        """Reported seeds that have trained at the best rate, whatever came of it."""
+        """Reported seeds that have trained at the rate of each, whatever came of it."""
         return sum(self._at_best(seed) is not None for seed in self.seeds)
 
     @property

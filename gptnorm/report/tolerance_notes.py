@@ -94,20 +94,24 @@ def _loss(study: ToleranceStudy) -> str:
 
 def _best(study: ToleranceStudy) -> str:
     within = f"neighbours were tried until they were within a factor {study.search.optimum:g}"
-    if study.crossing == "all":
-        return f"Best rate: that of the lowest mean loss over all seeds, {seeds_text(study.pick)} included; {within}."
-    return (
-        f"Best rate: that of the lowest loss on {seeds_text(study.pick)}; {within}. Where the reported seeds trained "
-        "there alone, no interval holds the error of that choice."
-    )
+    picked = f"that of the lowest loss on {seeds_text(study.pick)}"
+    pooled = "that of the lowest mean loss over all seeds; a seed's own may be the next"
+    if study.screening:
+        return f"Best rate: {picked}; {within}."
+    alone = "no interval holds the error of that choice"
+    return {
+        "all": f"Best rate: {pooled}; {within}.",
+        "some": f"Best rate: {pooled}; where they did not try several, {picked}, and {alone}. There {within}.",
+        "none": f"Best rate: {picked}; {within}. The reported seeds did not try several, and {alone}.",
+    }[study.crossing]
 
 
 _SIGNS = {
     r" edge( |$)": "edge: lowest or highest rate (or batch) tried, so no optimum; beside a loss or a comparison, it "
     "stands on a best rate like that. What is compared at it is no result.",
-    r"^unstable": "unstable (k of n): k of n seeds are not stable at the best rate, so no mean is given: one over the "
-    "others would flatter.",
-    r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at the best rate so far.",
+    r"^unstable": "unstable (k of n): k of n seeds are not stable at the rate that the others pick, so no mean is "
+    "given: one over the others would flatter.",
+    r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at their rate so far.",
     r"\[": "[low, high]: 95 % t-interval over seeds, of the mean; of rates and ratios that of the mean logarithm. "
     "Differences and ratios are taken seed by seed. A ratio stands with its interval only.",
     r"≥": "≥: known from below only, since no failure or rise was seen on some seed or of the mean; of a ratio, the "

@@ -90,7 +90,8 @@ def rate_line(track: Track) -> RateLine:
     picked = [] if screening else [point for point in track.picked if point.stable and point.loss is not None]
     best = None
     if track.best is not None and track.best.loss is not None and not track.failed:
-        best = track.best.lr, track.best.loss if track.loss is None else track.loss.value
+        # On the line: the loss in the tables is that of each seed at a rate of its own.
+        best = track.best.lr, next((mean for lr, mean, *_ in firm if lr == track.best.lr), track.best.loss)
     return RateLine(
         firm=firm,
         single=single,

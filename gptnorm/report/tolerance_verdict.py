@@ -17,6 +17,8 @@ from gptnorm.study.measures import Estimate
 MOST_NAMED = 4
 """Strategies that a sentence lists one by one."""
 
+NOTHING_YET = "Which strategy has the lowest loss cannot be told yet: of none are all seeds stable at the rate of each."
+
 
 def answer(study: ToleranceStudy) -> list[str]:
     """What the study says, most important sentence first."""
@@ -41,17 +43,21 @@ def caveats(study: ToleranceStudy) -> list[str]:
             "study.seeds to have other seeds reported."
         )
     else:
-        who = (
-            f"Each of {seeds_text(study.seeds)} is reported at the rate that all other seeds pick"
-            if study.crossing == "all"
-            else f"Best rates were picked on {seeds_text(study.pick)} and reported on {seeds_text(study.seeds)}"
-        )
+        who = {
+            "all": f"Each of {seeds_text(study.seeds)} is reported at the rate that all other seeds pick",
+            "some": f"Rates were picked on {seeds_text(study.pick)}, or on all seeds but the one that is reported",
+            "none": f"Best rates were picked on {seeds_text(study.pick)} and reported on {seeds_text(study.seeds)}",
+        }[study.crossing]
         found.append(f"{who}, but on the same validation text: what is special to that text is not averaged out.")
-        if study.crossing != "all":
+        if study.crossing != "none":
             found.append(
-                "Where the reported seeds trained at the best rate alone, no interval holds the error of picking it on "
-                f"{plural(len(study.pick), 'seed')}, so that intervals are too narrow where the curve is flat; "
-                "study.report=neighbours mends that."
+                "Intervals hold most of the error of picking a rate, not all of it: where a curve is flat, nine of ten "
+                "hold the truth."
+            )
+        if study.crossing != "all" and not study.unfinished:
+            found.append(
+                "Where the reported seeds did not try several rates, no interval holds the error of picking one on "
+                f"{plural(len(study.pick), 'seed')}; study.report=neighbours and two seeds or more mend that."
             )
     if seeds == 1 or (study.screening and len(study.pick) == 1):
         found.append("One seed shows no spread: no difference or ratio here can be told from chance.")
@@ -90,7 +96,9 @@ def caveats(study: ToleranceStudy) -> list[str]:
 def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     ranked = [place.own[name] for name in study.ranked(place.own) if name in place.own and place.own[name].loss]
     if not ranked:
-        return ["Which strategy has the lowest loss cannot be told yet: none has a best rate at which no seed failed."]
+        return [
+            "Which strategy has the lowest loss cannot be told yet: of none all seeds are stable at the rate of each."
+        ]
     first, *others = ranked
     assert first.loss is not None
     assert first.best is not None
@@ -188,7 +196,9 @@ def _lowest_of_many(study: ToleranceStudy) -> list[str]:
     places = [(place, study.ranked(place.own)[0]) for place in study.places]
     firsts = Counter(name for place, name in places if name in place.own and place.own[name].loss)
     if not firsts:
-        return ["Which strategy has the lowest loss cannot be told yet: none has a best rate at which no seed failed."]
+        return [
+            "Which strategy has the lowest loss cannot be told yet: of none all seeds are stable at the rate of each."
+        ]
     many = len(study.places)
     told = [f"{name} at {count} of {many} places" for name, count in firsts.most_common()]
     flattered = ", on the seeds that picked the rates" if study.screening else ""

@@ -81,6 +81,7 @@ def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tu
     device = resolve_device(config.train.device)
     if device.type != "cuda":
         return start_run(config, shards, folder, watcher), {}
+    torch.cuda.init()  # a process that has not used the device yet has no statistics to reset
     torch.cuda.reset_peak_memory_stats(device)
     result = start_run(config, shards, folder, watcher)
     return result, {"memory": torch.cuda.max_memory_allocated(device)}

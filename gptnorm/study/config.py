@@ -79,9 +79,9 @@ class ToleranceConfig(StudyConfig):
     """Seeds that pick each strategy's best rate and setting; none of those reported."""
     report: Report = "all"
     """Rates that reported seeds train at: every one that the picking seeds tried ("all"), those from the best's lower
-    neighbour up to the edge ("near"), the best with its two neighbours ("around", "neighbours"), or the best alone. With
-    the first two each seed's own edge is bracketed, with "around" its own optimum; only the first two look for edges at
-    all."""
+    neighbour up to the edge ("near"), the best with its two neighbours ("around" and "neighbours"), or the best alone.
+    With the first two each seed's own edge is bracketed, with "around" its own optimum; only the first two look for
+    edges at all."""
     baseline: str | None = None
     """The strategy that the others are compared with. Left out: the first."""
     epsilon: PositiveFloat = 0.05

@@ -65,16 +65,17 @@ def describe_study(
         },
         **({"texts": described} if len(described) > 1 or TEXT in dict(first.setup.place) else {}),
         "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
-        "environments": [{**{k: v for k, v in environment.items() if k != "started"}, **_how(first.config)}],
+        "environments": [{**{k: v for k, v in environment.items() if k != "started"}, **_how(first)}],
         "unigram_entropy": entropy,
         "seconds": None,
     }
 
 
-def _how(config: Config) -> dict[str, Any]:
-    """How the runs compute, where it is not as the docs say."""
-    usual = flatten(to_tree(Config()))
-    return {k: v for k, v in flatten(to_tree(config)).items() if k.startswith(HOW) and v != usual[k]}
+def _how(cell: Cell) -> dict[str, Any]:
+    """How the runs compute, where it is not as the settings' defaults say, and no place says it."""
+    usual, place = flatten(to_tree(Config())), dict(cell.setup.place)
+    computed = {key: value for key, value in flatten(to_tree(cell.config)).items() if key.startswith(HOW)}
+    return {key: value for key, value in computed.items() if value != usual[key] and key not in place}
 
 
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gptnorm.errors import UserError, bad_value
 from gptnorm.records import read_cells
@@ -42,27 +43,38 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     for part in parts:
         if part.resolve() == folder.resolve():
             raise UserError(f"{part}: is joined into itself")
-    found = [(part, read_facts(part)) for part in parts]
+    found = [(part, read_facts(part), _lines_of(part)) for part in parts]
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
-        _refuse_others(ledger.earlier, found)
-        for part, facts in found:
-            lines = [line for line in read_cells(part / "cells.jsonl") if isinstance(line.get("run"), str)]
-            new = [line for line in {line["run"]: line for line in lines}.values() if line["run"] not in ledger.done]
+        _refuse_others(ledger.earlier, [(part, facts) for part, facts, _ in found])
+        for part, facts, lines in found:
+            new = [line for line in lines if line["run"] not in ledger.done]
             places = ledger.begin(facts)
             for line in new:
                 run, environment = line.pop("run"), line.pop("environment", 0)
-                if environment not in range(len(places)):
-                    raise UserError(
-                        f"{part / 'cells.jsonl'}: names an environment that study.json lacks: {environment!r}"
-                    )
                 _copy_run(part, folder, run)
                 ledger.add(run, **line, environment=places[environment])
             if new:
                 ledger.spent(facts["seconds"] or 0.0)
             added += len(new)
     return added
+
+
+def _lines_of(part: Path) -> list[dict[str, Any]]:
+    """The ledger of a part, of two lines of the same run the last.
+
+    Raises:
+        UserError: a line names an environment that there is not, or a run outside the part.
+    """
+    path, environments = part / "cells.jsonl", len(read_facts(part)["environments"])
+    lines = {line["run"]: line for line in read_cells(path) if isinstance(line.get("run"), str)}
+    for run, line in lines.items():
+        if line.get("environment", 0) not in range(environments):
+            raise UserError(f"{path}: names an environment that study.json lacks: {line['environment']!r}")
+        if not (part / run).resolve().is_relative_to(part.resolve()):
+            raise UserError(f"{path}: names a run outside its folder: {run!r}")
+    return list(lines.values())
 
 
 def _refuse_others(whole: Facts | None, found: Sequence[tuple[Path, Facts]]) -> None:
@@ -78,8 +90,6 @@ def _refuse_others(whole: Facts | None, found: Sequence[tuple[Path, Facts]]) -> 
 
 def _copy_run(part: Path, folder: Path, run: str) -> None:
     source, target = part / run, folder / run
-    if not target.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{part / 'cells.jsonl'}: names a run outside its folder: {run!r}")
     if source.is_dir():
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))

@@ -340,7 +340,7 @@ def mean_point(lr: float, points: Sequence[Point]) -> Point:
 
 
 def picked_curve(curves: Sequence[Sequence[Point]], worse: float) -> list[Point]:
-    """Means over the seeds that pick, at the rates that all of them have, judged against the best of them."""
+    """Means over seeds, at the rates that all of them have, judged against the best of them."""
     by_rate = [{point.lr: point for point in curve} for curve in curves]
     rates = sorted(set.intersection(*map(set, by_rate))) if by_rate else []
     return judged([mean_point(lr, [points[lr] for points in by_rate]) for lr in rates], worse)

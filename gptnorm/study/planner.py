@@ -12,13 +12,13 @@ For one strategy at one place (`Group`), by *curves* of runs over rates:
 
 The search is always replayed from its beginning, and a step is taken once all the runs that it rests on have ended. So
 the runs of a study are the same in whatever order they end, and however often it is killed. What else the ledger holds
-(of a smaller study that has grown) counts once the search has come to its end, and may set it going again: what is
+(of a smaller study that has grown) counts once all of this has come to its end, and may set it going again: what is
 planned and what is reported rest on the same curves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,43 +52,55 @@ class Group:
 
 def wanted_runs(group: Group, known: Known, study: ToleranceConfig) -> list[Run]:
     """The runs to make now, those first that others wait for; none: the group is done."""
+    return _wanted(group, known, study, extra=False) or _wanted(group, known, study, extra=True)
+
+
+def _wanted(group: Group, known: Known, study: ToleranceConfig, *, extra: bool) -> list[Run]:
+    """As `wanted_runs`; `extra`: whether runs count that no search asked for, which a study that has grown holds."""
     points: dict[tuple[Setup, int], dict[float, Point]] = {}
     for run, point in known.items():
         if run.strategy == group.strategy:
             points.setdefault((run.setup, run.seed), {})[run.lr] = point
     lrs = tuple(sorted(study.lrs))
+    whole: Seek = "both" if study.report in ("all", "near") else "optimum"
+
+    def of(setup: Setup, seeds: Sequence[int]) -> list[Mapping[float, Point]]:
+        return [points.get((setup, seed), {}) for seed in seeds]
 
     def picking(setup: Setup, first: Sequence[float], seek: Seek) -> Replay:
-        return replay([points.get((setup, seed), {}) for seed in study.pick], first, study, seek)
+        asked = replay(of(setup, study.pick), first, study, seek)
+        if not extra or asked.missing:
+            return asked
+        # No extra is what the edge of the chosen setting took, and what all seeds have is `rates_of_all`'s to weigh.
+        edge = replay(of(setup, study.pick), [point.lr for point in asked.curve], study, whole)
+        common = set.intersection(*map(set, of(setup, study.seeds))) if study.seeds else set()
+        return replay(of(setup, study.pick), first, study, seek, common | {point.lr for point in edge.curve})
 
-    def pick_runs(setup: Setup, rates: Sequence[float]) -> list[Run]:
-        runs = [Run(group.strategy, setup, lr, seed) for lr in rates for seed in study.pick]
+    def missing_of(setup: Setup, rates: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+        runs = [Run(group.strategy, setup, lr, seed) for lr in rates for seed in seeds]
         return [run for run in runs if run not in known]
 
     own, *others = group.setups
-    whole: Seek = "both" if study.report in ("all", "near") else "optimum"
     curves = {own: picking(own, lrs, whole)}
     curves |= {setup: picking(setup, lrs, "optimum") for setup in others}
-    wanted = [run for setup, found in curves.items() for run in pick_runs(setup, found.missing)]
+    wanted = [run for setup, found in curves.items() for run in missing_of(setup, found.missing, study.pick)]
     ready = [own] if not curves[own].missing else []
     if not wanted and others:
         best = chosen({setup: found.curve for setup, found in curves.items()})
         if best is not None and best != own:
             curves[best] = picking(best, [point.lr for point in curves[best].curve], whole)
-            wanted += pick_runs(best, curves[best].missing)
+            wanted += missing_of(best, curves[best].missing, study.pick)
             ready += [best] if not curves[best].missing else []
-    firsts = {
-        setup: rates_of_all(
-            curves[setup].curve, [points.get((setup, seed), {}) for seed in (*study.pick, *study.seeds)], study
-        )
-        for setup in ready
-        if study.seeds
-    }
-    wanted += [run for setup, rates in firsts.items() for run in pick_runs(setup, rates)]
-    for seed in study.seeds:
-        for setup, rates in firsts.items():
-            missing = replay([points.get((setup, seed), {})], rates, study, SEEK[study.report]).missing
-            wanted += [Run(group.strategy, setup, lr, seed) for lr in missing]
+    everyone = (*study.pick, *study.seeds)
+    for setup in ready if study.seeds else ():
+        rates = rates_of_all(curves[setup].curve, of(setup, everyone), study, extra=extra)
+        missing = missing_of(setup, rates, everyone)
+        if not missing:
+            # Nobody goes on alone before the rates of all have settled, or it would matter who ends first.
+            for seed in study.seeds:
+                alone = replay(of(setup, [seed]), rates, study, SEEK[study.report], set() if extra else None)
+                missing += missing_of(setup, alone.missing, [seed])
+        wanted += missing
     return wanted
 
 
@@ -112,13 +124,18 @@ class Replay(NamedTuple):
 
 
 def replay(
-    by_seed: Sequence[Mapping[float, Point]], first: Sequence[float], study: ToleranceConfig, seek: Seek | None
+    by_seed: Sequence[Mapping[float, Point]],
+    first: Sequence[float],
+    study: ToleranceConfig,
+    seek: Seek | None,
+    leave: Collection[float] | None = None,
 ) -> Replay:
     """The search on the mean of seeds, from its first rates on.
 
     Args:
         by_seed: what is known, by seed and rate.
         seek: None: the first rates are all.
+        leave: once the search has ended it goes on from all that is known but this; None: it does not.
     """
     grid, common = tuple(sorted(study.lrs)), set.intersection(*map(set, by_seed))
     taken: set[float] = set()
@@ -131,23 +148,26 @@ def replay(
         taken |= set(rates)
         curve = picked_curve([[points[lr] for lr in sorted(taken)] for points in by_seed], study.stability.worse)
         rates = next_rates(curve, grid, study.search, seek, whole=False) if seek else []
-        if not rates:
-            rates = sorted(common - taken)
+        if not rates and leave is not None:
+            rates = sorted(common - taken - set(leave))
     return Replay(curve, [])
 
 
 def rates_of_all(
-    curve: Sequence[Point], by_seed: Sequence[Mapping[float, Point]], study: ToleranceConfig
+    curve: Sequence[Point], by_seed: Sequence[Mapping[float, Point]], study: ToleranceConfig, *, extra: bool
 ) -> list[float]:
     """`rates_to_report`, and those that bracket the best of all seeds together, as far as the runs go that have ended.
 
     Args:
         curve: of the picking seeds.
         by_seed: what is known, by seed and rate, of picking and reported seeds.
+        extra: whether other rates count, too, that all seeds have.
     """
     rates, grid = set(rates_to_report(curve, study)), tuple(sorted(study.lrs))
     if study.report == "best":
         return sorted(rates)
+    if extra:
+        rates |= set.intersection(*map(set, by_seed))
     while all(rates <= points.keys() for points in by_seed):
         pooled = picked_curve([[points[lr] for lr in sorted(rates)] for points in by_seed], study.stability.worse)
         best = best_point(pooled)

@@ -107,23 +107,23 @@ def run_cells(
                 display.running(_drain(queue))
                 # What has ended well is kept before what has not ends the study.
                 for future in sorted(done, key=lambda future: future.exception() is not None):
-                    try:
-                        outcome = future.result()
-                    except BrokenProcessPool:
-                        raise UserError(
-                            "a process that trained was killed, perhaps for want of memory; ended ones are kept, and "
-                            f"the same command goes on, with fewer runs at once by study.workers={max(1, workers // 2)}"
-                        ) from None
+                    outcome = future.result()
                     waiting.remove(future)
                     cell = futures.pop(future)
                     display.finished(cell, outcome.result)
                     yield cell, outcome
                 if done:
                     submit()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                fewer = f", with fewer runs at once by study.workers={workers // 2}" if workers > 1 else ""
+                raise UserError(
+                    "a process that trained was killed, perhaps for want of memory; ended runs are kept, and the same "
+                    f"command goes on{fewer}"
+                ) from None
             raise
 
 

@@ -91,7 +91,7 @@ class Tolerance:
             kept = {leaf: value for leaf, value in _read(before.get(key, {})).items() if f"{key}.{leaf}" not in said}
             grown[key] = replace(getattr(study, key), **kept)
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
-        return replace(study, **grown)
+        return self.checked(replace(study, **grown))
 
     def plan(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> TolerancePlan:
         """The study with its settings resolved; UserError where one is wrong."""

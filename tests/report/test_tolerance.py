@@ -246,19 +246,21 @@ def test_an_end_is_no_result_and_no_failure_no_edge(tmp_path: Path) -> None:
     assert "at least 8.00×" in told
 
 
-@pytest.mark.parametrize(("curve", "fewest", "lead"), [(0.05, 0.93, 0.1), (0.02, 0.86, 0.0)])
-def test_intervals_of_a_difference_hold_the_error_of_picking(
-    tmp_path: Path, curve: float, fewest: float, lead: float
+@pytest.mark.parametrize(
+    ("base", "ours", "fewest", "lead"), [(0.05, 0.05, 0.93, 0.1), (0.02, 0.02, 0.86, -1.0), (0.1, 0.02, 0.86, -1.0)]
+)
+def test_intervals_of_a_difference_hold_most_of_the_error_of_picking(
+    tmp_path: Path, base: float, ours: float, fewest: float, lead: float
 ) -> None:
-    """Of two equal strategies, 400 times: 95 of 100, and far fewer where one seed picks. On the flatter curve, whose
-    neighbours lie within the noise of one run, it is 89, and no fewer from one seed, which is as good as a guess."""
+    """Of two strategies with the same best loss, 400 times: 95 of 100, and far fewer where one seed picks; nine of ten
+    where the neighbours of a best lie within the noise of one run."""
     draw, held = random.Random(1), {"all": 0, "best": 0}
-    bowl, rates = Bowl(RATES[2], curve=curve), RATES[:5]
+    bowls, rates = {"base": Bowl(RATES[2], curve=base), "ours": Bowl(RATES[2], curve=ours)}, RATES[:5]
     places = [{"optim.eps": float(number)} for number in range(1, 401)]
     ledgers: dict[str, list[dict[str, Any]]] = {"all": [], "best": []}
-    for place, name in itertools.product(places, ("base", "ours")):
+    for place, name in itertools.product(places, bowls):
         found = [
-            line(name, lr, seed, (bowl.outcome(lr, seed) or 0.0) + draw.gauss(0, 0.01), place=place)
+            line(name, lr, seed, (bowls[name].outcome(lr, seed) or 0.0) + draw.gauss(0, 0.01), place=place)
             for lr, seed in itertools.product(rates, range(6))
         ]
         best = min((entry for entry in found if entry["seed"] == 0), key=lambda entry: entry["val_loss"])
@@ -271,7 +273,57 @@ def test_intervals_of_a_difference_hold_the_error_of_picking(
             assert difference is not None
             held[report] += difference.low <= 0 <= difference.high
     assert fewest * 400 <= held["all"] <= 0.97 * 400
-    assert held["best"] < held["all"] - lead * 400
+    assert held["all"] - held["best"] > lead * 400
+
+
+def noisy_lines(**losses: dict[float, list[float]]) -> list[dict[str, Any]]:
+    """By strategy, for each rate the losses of seeds 0, 1, …"""
+    return [
+        line(name, lr, seed, loss)
+        for name, by_rate in losses.items()
+        for lr, of_seeds in by_rate.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+
+
+# Seed 0 says the third rate, the others the second; of these seed 3 alone lies lowest at the first.
+MISPICKED = {
+    RATES[0]: [2.2, 2.1, 2.1, 1.90, 2.1],
+    RATES[1]: [2.0, 1.9, 1.9, 1.95, 1.9],
+    RATES[2]: [1.8, 2.0, 2.0, 2.00, 2.0],
+    RATES[3]: [2.1, 2.2, 2.2, 2.20, 2.2],
+}
+
+
+def test_each_seed_stands_at_the_rate_that_all_others_pick(tmp_path: Path) -> None:
+    folder = make_tolerance(tmp_path, noisy_lines(a=MISPICKED), lrs=RATES[:4], seeds=(1, 2, 3, 4))
+    (track,) = load_tolerance(folder).places[0].own.values()
+    assert track.picked_best.lr == RATES[2]
+    assert track.rate_by_seed == dict.fromkeys((1, 2, 3, 4), RATES[1])
+    assert track.losses == {1: 1.9, 2: 1.9, 3: 1.95, 4: 1.9}
+    assert (track.best.lr, track.end, track.crossed) == (RATES[1], None, True)
+
+
+@pytest.mark.parametrize("has", [(0,), (0, 1), (1, 2), (2,)])
+def test_a_seed_that_has_only_begun_takes_nothing_from_the_others(tmp_path: Path, has: tuple[int, ...]) -> None:
+    late = [line("a", RATES[k], 5, 1.0) for k in has]
+    lines = [*noisy_lines(a=MISPICKED), *late]
+    folder = make_tolerance(tmp_path, lines, lrs=RATES[:4], seeds=(1, 2, 3, 4, 5))
+    (track,) = load_tolerance(folder).places[0].own.values()
+    assert track.best.lr == RATES[1]
+    assert {seed: track.losses[seed] for seed in (1, 2, 3, 4)} == {1: 1.9, 2: 1.9, 3: 1.95, 4: 1.9}
+    assert (track.end, track.crossed) == (None, True)
+
+
+def test_where_the_best_of_all_has_no_neighbour_on_all_the_picking_seeds_decide(tmp_path: Path) -> None:
+    """The reported seeds have the picked rate and the one below, which is lower: what lies below that is not known."""
+    lines = [entry for entry in noisy_lines(a=MISPICKED) if entry["seed"] == 0 or entry["lr"] in RATES[1:3]]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES[:4], seeds=(1, 2, 3, 4)))
+    (track,) = study.places[0].own.values()
+    assert (track.best.lr, track.end, track.crossed) == (RATES[2], None, False)
+    assert set(track.rate_by_seed.values()) == {RATES[2]}
+    assert study.crossing == "none"
+    assert any("no interval holds the error of that choice" in note for note in notes(study, grids(study)))
 
 
 def test_a_seed_that_fails_at_the_best_rate(tmp_path: Path) -> None:
