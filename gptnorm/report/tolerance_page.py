@@ -55,8 +55,11 @@ def _subtitle(study: ToleranceStudy) -> str:
     parts = ["1 strategy" if count == 1 else f"{count} strategies"]
     if study.mapped:
         parts.append(plural(len(study.places), "place"))
+    seeds = plural(len(study.seeds), "seed")
     if study.seeds and study.crossing == "all":
-        parts.append(f"{plural(len(study.seeds), 'seed')}, each at the rate that all others pick")
+        parts.append(f"{seeds}, each at the rate that all others pick")
+    elif study.seeds and study.crossing == "some":
+        parts.append(f"{seeds}, each at the rate that {seeds_text(study.pick)} or all others pick")
     else:
         reported = f"reported on {plural(len(study.seeds), 'other')}" if study.seeds else "none reported"
         parts.append(f"rates picked on {plural(len(study.pick), 'seed')}, {reported}")
