@@ -46,7 +46,7 @@ SEARCH = stacked(
     click.option(
         "--lrs", metavar="LOW:HIGH", help="Peak rates to begin with: two a decade between them, or a list A,B,…."
     ),
-    click.option("--seeds", type=click.IntRange(min=0), help="How many seeds are reported; five tell something."),
+    click.option("--seeds", type=click.IntRange(0, 1000), help="How many seeds are reported; five tell something."),
     FOLDER,
 )
 

@@ -29,7 +29,8 @@ import numpy as np
 
 from gptnorm.report.budgets import Curve, speed_up
 from gptnorm.report.optimum import Point, best_rate
-from gptnorm.report.tolerance import ToleranceStudy, Track
+from gptnorm.report.tolerance import ToleranceStudy
+from gptnorm.report.track import Track
 from gptnorm.study import measures
 from gptnorm.study.cell import TEXT, Pairs
 from gptnorm.study.measures import Estimate, mean_of

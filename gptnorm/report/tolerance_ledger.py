@@ -10,7 +10,8 @@ from typing import Any
 from gptnorm.errors import UserError
 from gptnorm.records import finite, read_cells, read_object
 from gptnorm.report.results import About, Cell, read_about
-from gptnorm.report.tolerance import Place, ToleranceStudy, Track, Trial
+from gptnorm.report.tolerance import Place, ToleranceStudy
+from gptnorm.report.track import Track, Trial
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
 from gptnorm.study.ledger import refuse_half_a_study, text_of
 from gptnorm.study.outcome import Stability, point_of

@@ -36,7 +36,8 @@ from gptnorm.report.loss_axes import (
     strip_marks,
 )
 from gptnorm.report.plots import RateCurve, rate_panels
-from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
+from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
+from gptnorm.report.track import Track
 from gptnorm.study.measures import Estimate, Kept
 
 RATE = "largest stable rate"

@@ -12,8 +12,9 @@ from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, m
 from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
-from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
+from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import LINE, notes
+from gptnorm.report.track import Track
 from gptnorm.study.measures import Estimate, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"

@@ -10,8 +10,9 @@ from collections import Counter
 from gptnorm.report.estimates import difference_text, ratio_text, side
 from gptnorm.report.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.scaling_table import scaling_answer
-from gptnorm.report.tolerance import Pair, Place, ToleranceStudy, Track
+from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import partial_notes, seeds_text
+from gptnorm.report.track import Track
 from gptnorm.study.measures import Estimate
 
 MOST_NAMED = 4
@@ -96,9 +97,7 @@ def caveats(study: ToleranceStudy) -> list[str]:
 def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     ranked = [place.own[name] for name in study.ranked(place.own) if name in place.own and place.own[name].loss]
     if not ranked:
-        return [
-            "Which strategy has the lowest loss cannot be told yet: of none all seeds are stable at the rate of each."
-        ]
+        return [NOTHING_YET]
     first, *others = ranked
     assert first.loss is not None
     assert first.best is not None
@@ -196,9 +195,7 @@ def _lowest_of_many(study: ToleranceStudy) -> list[str]:
     places = [(place, study.ranked(place.own)[0]) for place in study.places]
     firsts = Counter(name for place, name in places if name in place.own and place.own[name].loss)
     if not firsts:
-        return [
-            "Which strategy has the lowest loss cannot be told yet: of none all seeds are stable at the rate of each."
-        ]
+        return [NOTHING_YET]
     many = len(study.places)
     told = [f"{name} at {count} of {many} places" for name, count in firsts.most_common()]
     flattered = ", on the seeds that picked the rates" if study.screening else ""

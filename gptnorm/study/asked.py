@@ -10,7 +10,6 @@ from gptnorm.recipe import Recipe
 from gptnorm.study.config import ToleranceConfig, read_table_of
 from gptnorm.study.search import log_grid
 
-MOST_SEEDS = 1000
 ALLOWED = "must be LOW:HIGH or a list, such as 3e-4:3e-1 or 1e-3,3e-3,1e-2"
 
 
@@ -40,8 +39,6 @@ def as_settings(
     if lrs is not None:
         more["lrs"] = list(parse_rates(lrs))
     if seeds is not None:
-        if seeds > MOST_SEEDS:
-            raise bad_value("--seeds", seeds, f"must be at most {MOST_SEEDS}")
         pick = read_table_of(table, recipe, settings).pick
         more["seeds"] = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
     given = {setting.partition("=")[0] for setting in settings}

@@ -42,7 +42,7 @@ class Grid:
         return study
 
     def grown(self, study: StudyConfig, earlier: Facts, said: frozenset[str]) -> StudyConfig:
-        """The grid of both; whatever was said."""
+        """The grid of both; a grid has no setting that one of the two would have to give up."""
 
         def both(key: str, there: list[Any]) -> tuple[Any, ...]:
             return tuple(dict.fromkeys([*there, *getattr(study, key)]))

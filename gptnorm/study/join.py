@@ -43,7 +43,7 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     for part in parts:
         if part.resolve() == folder.resolve():
             raise UserError(f"{part}: is joined into itself")
-    found = [(part, read_facts(part), _lines_of(part)) for part in parts]
+    found = [(part, facts := read_facts(part), _lines_of(part, facts, folder)) for part in parts]
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
@@ -61,18 +61,18 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     return added
 
 
-def _lines_of(part: Path) -> list[dict[str, Any]]:
+def _lines_of(part: Path, facts: Facts, folder: Path) -> list[dict[str, Any]]:
     """The ledger of a part, of two lines of the same run the last.
 
     Raises:
-        UserError: a line names an environment that there is not, or a run outside the part.
+        UserError: a line names an environment that there is not, or a run that would be copied out of `folder`.
     """
-    path, environments = part / "cells.jsonl", len(read_facts(part)["environments"])
+    path, environments = part / "cells.jsonl", len(facts["environments"])
     lines = {line["run"]: line for line in read_cells(path) if isinstance(line.get("run"), str)}
     for run, line in lines.items():
         if line.get("environment", 0) not in range(environments):
             raise UserError(f"{path}: names an environment that study.json lacks: {line['environment']!r}")
-        if not (part / run).resolve().is_relative_to(part.resolve()):
+        if not (folder / run).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path}: names a run outside its folder: {run!r}")
     return list(lines.values())
 
