@@ -90,10 +90,14 @@ def next_rates(
 
 
 def log_grid(low: float, high: float, per_decade: int = 2) -> tuple[float, ...]:
-    """Rates from `low` to `high`, both included, evenly in the logarithm, about `per_decade` of them in each decade."""
+    """Rates from `low` to `high`, both included, evenly in the logarithm, about `per_decade` of them in each decade.
+
+    Those between are rounded to 1 or 3 times a power of ten where that is within a tenth, the rates that people give by
+    hand: so a study asked for by its ends goes on with the runs of one that lists them.
+    """
     steps = max(1, round(per_decade * math.log10(high / low)))
     inner = (low * (high / low) ** (i / steps) for i in range(1, steps))
-    return (low, *(_rounded(lr) for lr in inner), high)
+    return (low, *(_usual(lr) for lr in inner), high)
 
 
 def _beyond(known: list[float], grid: Sequence[float], search: Search, *, downwards: bool) -> list[float]:
@@ -111,6 +115,14 @@ def _midway(a: float, b: float) -> float:
 
 def _rounded(lr: float) -> float:
     return float(f"{lr:.3g}")
+
+
+def _usual(lr: float) -> float:
+    decade = math.floor(math.log10(lr))
+    for usual in (float(f"{digit}e{power}") for power in (decade, decade + 1) for digit in (1, 3)):
+        if math.isclose(lr, usual, rel_tol=0.1):
+            return usual
+    return _rounded(lr)
 
 
 def _has(known: list[float], lr: float) -> bool:

@@ -95,9 +95,23 @@ def test_noise_does_not_lead_astray(seed):
     assert abs(math.log(best_point(tried).lr / 1e-2)) < math.log(3.5)
 
 
-@pytest.mark.parametrize(("low", "high", "count"), [(3e-4, 3e-1, 7), (1e-3, 1e-1, 5), (1e-3, 2e-3, 2)])
-def test_log_grid(low, high, count):
-    grid = log_grid(low, high)
-    assert (grid[0], grid[-1], len(grid)) == (low, high, count)
-    ratios = [b / a for a, b in pairwise(grid)]
-    assert max(ratios) / min(ratios) < 1.01
+@pytest.mark.parametrize(
+    ("low", "high", "grid"),
+    [
+        (3e-4, 3e-1, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+        (1e-3, 1e-1, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+        (2e-4, 2e-2, (2e-4, 6.32e-4, 2e-3, 6.32e-3, 2e-2)),
+        (1e-3, 2e-3, (1e-3, 2e-3)),
+    ],
+)
+def test_log_grid(low, high, grid):
+    assert log_grid(low, high) == grid
+
+
+@given(st.floats(1e-8, 1e3), st.floats(1.001, 1e6))
+def test_a_grid_is_about_even_whatever_its_ends(low, ratio):
+    grid = log_grid(low, low * ratio)
+    assert (grid[0], grid[-1]) == (low, low * ratio)
+    assert len(grid) == 1 + max(1, round(2 * math.log10(ratio)))
+    even = ratio ** (1 / (len(grid) - 1))
+    assert all(0.8 < b / a / even < 1.25 for a, b in pairwise(grid))  # Each end off by a tenth.
