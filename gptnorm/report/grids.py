@@ -49,7 +49,9 @@ def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str]) -> Group
         table.title_justify = "left"
         for index, name in enumerate(grid.head):
             justify = "left" if index < grid.words else "right"
-            table.add_column(Text(name), justify=justify, overflow="fold")
+            # What a row is about stays in one piece where room is short, unless it is a whole path.
+            whole = min(16, max((len(str(row[0])) for row in grid.rows), default=0)) if index == 0 else None
+            table.add_column(Text(name), justify=justify, overflow="fold", min_width=whole)
         for row in grid.rows:
             table.add_row(*(Text(_lines(entry)) for entry in row))
         parts.append(table)
