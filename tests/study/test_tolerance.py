@@ -221,7 +221,7 @@ def test_options_stand_for_settings(study):
         )
 
     found = asked("a=1", strategies="x, y", lrs="1e-3:1e-1", seeds=2)
-    assert found == ("a=1", 'study.strategies=["x", "y"]', "study.lrs=[0.001, 0.00316, 0.01, 0.0316, 0.1]",
+    assert found == ("a=1", 'study.strategies=["x", "y"]', "study.lrs=[0.001, 0.003, 0.01, 0.03, 0.1]",
                      "study.seeds=[1, 2]")  # fmt: skip
     assert asked("study.pick=[0,2]", seeds=3)[1:] == ("study.seeds=[1, 3, 4]",)
     assert asked(seeds=0) == ("study.seeds=[]",)
