@@ -96,6 +96,7 @@ class Ledger:
             facts = joined(self.earlier, facts)
         else:
             facts["seconds"] = None
+        facts.setdefault("complete", False)
         self.earlier = facts
         self._write(facts)
         return [facts["environments"].index(environment) for environment in here]
@@ -109,11 +110,12 @@ class Ledger:
             os.fsync(file.fileno())
         self.done[run] = line
 
-    def complete(self, whether: bool) -> None:
-        """Records whether nothing is missing of what was asked."""
+    def ended(self, whether: bool, parts: Sequence[str] = ()) -> None:
+        """Records whether nothing is missing of what was asked, and else of which parts of it nothing is."""
         assert self.earlier is not None
-        if self.earlier.get("complete") is not whether:
-            self.earlier["complete"] = whether
+        state = {"complete": whether, "parts": [] if whether else list(parts)}
+        if any(self.earlier.get(key) != value for key, value in state.items()):
+            self.earlier |= state
             self._write(self.earlier)
 
     def spent(self, seconds: float) -> None:
@@ -280,6 +282,7 @@ def _is_whole(facts: Facts) -> bool:
     settings, data, ladder, tolerance = (facts.get(key, {}) for key in ("settings", "data", "ladder", "tolerance"))
     return (
         all(isinstance(facts.get(key), list) for key in UNIONS)
+        and isinstance(facts.get("parts", []), list)
         and {"title", "recipe", "seconds"} <= facts.keys()
         and all(isinstance(table, dict) for table in (settings, data, ladder, tolerance))
         and isinstance(tolerance.get("tune", {}), dict)

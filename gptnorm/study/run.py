@@ -18,7 +18,7 @@ from gptnorm.recipe import Recipe, load_recipe
 from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig, said_keys
 from gptnorm.study.facts import describe_study
-from gptnorm.study.join import Part
+from gptnorm.study.join import Part, part_name
 from gptnorm.study.ledger import Facts, Ledger, text_of
 from gptnorm.study.pool import Outcome, run_cells
 from gptnorm.study.texts import Texts, naming, prepare_texts
@@ -132,8 +132,10 @@ def run_study(
         def wanted() -> list[Cell]:
             return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {}).get("unigram_entropy"))
 
-        ledger.complete(not wanted() and kind.part == (1, 1))
+        _record_end(ledger, kind.part, ended=not wanted())
         if not wanted():
+            if not ledger.done:
+                console.print(f"part {part_name(kind.part)}: no run falls to it, the study has fewer shares than that")
             return folder
         vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
         workers = study.workers or workers_for(plan.samples, device, vocab)
@@ -144,8 +146,13 @@ def run_study(
                 ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
         finally:
             ledger.spent(time.monotonic() - started)
-        ledger.complete(not wanted() and kind.part == (1, 1))
+        _record_end(ledger, kind.part, ended=not wanted())
     return folder
+
+
+def _record_end(ledger: Ledger, part: Part, *, ended: bool) -> None:
+    whole = part == (1, 1)
+    ledger.ended(ended and whole, parts=[part_name(part)] if ended and not whole else [])
 
 
 def _line(outcome: Outcome) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -50,12 +51,47 @@ def test_parts_make_the_whole(study, tmp_path, kind):
     assert len(made) == len(lines(whole))
     assert made <= everything(out).keys()
     facts = json.loads((out / "study.json").read_text())
+    assert facts["complete"] is True
+    facts_of_parts = [json.loads((part / "study.json").read_text()) for part in parts]
+    assert [(part["complete"], part["parts"]) for part in facts_of_parts] == [(False, ["1/2"]), (False, ["2/2"])]
     assert facts["seconds"] == pytest.approx(sum(json.loads((p / "study.json").read_text())["seconds"] for p in parts))
     before = everything(out)
     assert join_studies(parts, out) == 0
     assert everything(out) == before
     run_study(kind(), str(study), settings, out, quiet)
     assert outcomes(out) == outcomes(whole), "nothing is left to be done"
+
+
+def test_a_joined_study_is_complete_once_every_part_has_ended(study, tmp_path):
+    quiet = Console(quiet=True)
+    first, second, last = (
+        run_study(Grid(part=(k, 3)), str(study), SMALL, part_folder(tmp_path / "parts", (k, 3)), quiet)
+        for k in (1, 2, 3)
+    )
+
+    def complete(*parts, into):
+        join_studies(parts, tmp_path / into)
+        return json.loads((tmp_path / into / "study.json").read_text())["complete"]
+
+    assert not complete(first, second, into="two")
+    assert complete(last, into="two"), "in two goes"
+    assert not complete(last, last, into="one")
+    cut = tmp_path / "cut"
+    shutil.copytree(second, cut)
+    (cut / "study.json").write_text((cut / "study.json").read_text().replace('"2/3"', ""))
+    assert not complete(first, second, cut, last, into="begun"), "a study that has only begun stands beside"
+    assert not complete(first, second, last, into="begun")
+
+
+def test_a_part_without_a_run_says_so_and_can_be_joined(study, tmp_path):
+    said = Console(record=True, file=io.StringIO())
+    parts = [
+        run_study(Grid(part=(k, 7)), str(study), SMALL, part_folder(tmp_path, (k, 7)), said) for k in range(1, 8)
+    ]  # fmt: skip
+    assert not (parts[6] / "cells.jsonl").exists()
+    assert "part 7/7: no run falls to it" in said.export_text()
+    join_studies(parts, tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "study.json").read_text())["complete"] is True
 
 
 def test_studies_of_two_machines(study, tmp_path):
