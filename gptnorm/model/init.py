@@ -15,6 +15,7 @@ the depth factors that a strategy or `options.scale_mode` may replace.
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +33,21 @@ TWIN_WIDTH = 2048
 
 def block_std(config: InitConfig, role: Role, shape: Shape) -> float:
     """s of the table above."""
-    if config.std == "published":
+    std = named_std(config.std, shape.d)
+    if std is not None:
+        return std
+    fan_in = shape.in_features(role)
+    # Random vectors of variance 1 leave act(z), or act(z) * u, with the activation's second moment.
+    return (fan_in * second_moment(shape.activation, 1.0) if role == "down" else fan_in) ** -0.5
+
+
+def named_std(std: float | Literal["published", "twin", "unit"], d: int) -> float | None:
+    """s at width d, where it is the same for every map: None for "unit"."""
+    if std == "published":
         return PUBLISHED_STD
-    if config.std == "twin":
-        return PUBLISHED_STD * (TWIN_WIDTH / shape.d) ** 0.5
-    if config.std == "unit":
-        fan_in = shape.in_features(role)
-        # Random vectors of variance 1 leave act(z), or act(z) * u, with the activation's second moment.
-        return (fan_in * second_moment(shape.activation, 1.0) if role == "down" else fan_in) ** -0.5
-    return config.std
+    if std == "twin":
+        return PUBLISHED_STD * (TWIN_WIDTH / d) ** 0.5
+    return None if std == "unit" else float(std)
 
 
 def published_draw(backbone: BackboneName, role: Role, layer: int, shape: Shape, config: InitConfig) -> Draw:

@@ -40,9 +40,9 @@ class Grid:
     """Leading columns that hold text."""
 
 
-def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str]) -> Group:
-    """Tables and notes for the terminal; print it with a `rich.console.Console`."""
-    parts: list[Table | Text] = [Text(title, style="bold")]
+def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str], answer: Sequence[str] = ()) -> Group:
+    """Tables and notes for the terminal, what they say first; print it with a `rich.console.Console`."""
+    parts: list[Table | Text] = [Text(title, style="bold"), *(Text(sentence) for sentence in answer)]
     for grid in grids:
         # Text, never markup: a name with brackets in it is shown as it is.
         table = Table(title=Text(grid.title), box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)

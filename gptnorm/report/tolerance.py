@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from gptnorm.report.format import value_text
 from gptnorm.report.results import About, Cell
 from gptnorm.report.track import Track
+from gptnorm.report.tuning import open_ends
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
@@ -74,8 +75,8 @@ class Pair:
 
     @property
     def at_end(self) -> bool:
-        """Whether a best rate of either is the lowest or highest tried."""
-        return self.ours.end is not None or self.theirs.end is not None
+        """Whether a best rate of either, or what was chosen beside it, is the lowest or highest tried."""
+        return self.ours.at_end or self.theirs.at_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class Place:
             # As it comes first: of equals that is chosen.
             mine = sorted((t for t in self.tracks if t.strategy == strategy), key=lambda track: bool(track.variant))
             index = chosen({i: track.picked for i, track in enumerate(mine)})
-            found[strategy] = mine[index or 0]
+            track = mine[index or 0]
+            found[strategy] = replace(track, open_ends=open_ends(track, mine))
         return found
 
     def pairs(self, *, tuned: bool) -> dict[str, Pair]:

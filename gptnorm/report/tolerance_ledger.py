@@ -128,10 +128,13 @@ def _track(
     # The loss of a model that knows nothing.
     vocab = finite(text_of(raw, dict(place)).get("vocab"))
     pick = _pick(raw["tolerance"])
+    width = finite(settings.get("model.d_model"))
     return Track(
         strategy=strategy,
         place=place,
         variant=variant,
+        tuned={key: dict(variant).get(key, settings.get(key)) for key in raw["tolerance"]["tune"]},
+        width=None if width is None else int(width),
         trials=trials,
         pick=pick,
         seeds=about.seeds or pick,

@@ -106,11 +106,21 @@ def _best(study: ToleranceStudy) -> str:
     }[study.crossing]
 
 
+def _sensitive(study: ToleranceStudy) -> str:
+    tracks = [track for place in study.places for track in place.own.values() if track.sensitivity]
+    reported = sum(track.sensitivity_reported for track in tracks)
+    if reported == len(tracks):
+        return f"Of {seeds_text(study.seeds or study.pick)}."
+    if reported:
+        return f"With an interval of the reported seeds, else of {seeds_text(study.pick)} alone."
+    return f"Of {seeds_text(study.pick)} alone, since the others did not train over all of the grid."
+
+
 _SIGNS = {
-    r" edge( |$)": "edge: lowest or highest rate (or batch) tried, so no optimum; beside a loss or a comparison, it "
-    "stands on a best rate like that. What is compared at it is no result.",
-    r"^unstable": "unstable (k of n): k of n seeds are not stable at the rate that the others pick, so no mean is "
-    "given: one over the others would flatter.",
+    r" edge( |$)": "edge: lowest or highest rate (or batch, or value of what is tuned) tried, so no optimum; beside a "
+    "loss or a comparison, it stands on one like that. What is compared at it is no result.",
+    r"^unstable": "unstable (k of n): k of n seeds are not stable at the row's rate, or where there is none at that "
+    "which the others pick, so no mean is given: one over the others would flatter.",
     r"^[^u]* \(\d+ of \d+\)$": "(k of n): only k of n seeds have trained at their rate so far.",
     r"\[": "[low, high]: 95 % t-interval over seeds, of the mean; of rates and ratios that of the mean logarithm. "
     "Differences and ratios are taken seed by seed. A ratio stands with its interval only.",
@@ -139,15 +149,14 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "best already) to where the lower limit does (∞: nowhere up to the highest rate tried). ≤: the mean is above 0 "
         "at the own best already, but the lower limit is not. none: that is, too, or there is one seed.",
         "LR sensitivity": f"LR sensitivity: mean excess over the own lowest loss, over ln(rate) from {low} to {high}, "
-        "in nats; a loss counts for at most that of a model that knows nothing. Of the picking seeds if the others did "
-        "not train over all of the grid.",
+        f"in nats; a loss counts for at most that of a model that knows nothing. {_sensitive(study)}",
         "spikes": "Spikes: training losses more than 0.3 nats above the median of the 50 before, mean over seeds.",
         "validation gap": "Validation gap: validation loss minus training loss over the last 5 % of the steps.",
         "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
         "what it returns, mean over blocks; 0 is an affine map.",
         "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",
         "chosen setting": "Tuned: every strategy with that of its settings, its own included, that is best on the "
-        "picking seeds.",
+        "picking seeds; no interval holds the error of that choice.",
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
         ON_EACH: "On each text: mean loss over at most as many validation windows as of the own text, of the model as "

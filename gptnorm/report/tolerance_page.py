@@ -151,8 +151,8 @@ def _rates_caption(study: ToleranceStudy) -> str:
             "Firm: mean over the reported seeds, band: their range; pale: the seeds that picked. Dashes: single seeds."
         )
     return (
-        f"{line} Ringed: the best of each strategy. Grey strip, a lane per strategy: × where a seed is not stable, ↑ "
-        "above the scale."
+        f"{line} Ringed: the best of each strategy. Grey strip, a lane per strategy with its marker at the left: × "
+        "where a seed is not stable, ↑ above the scale."
     )
 
 

@@ -177,6 +177,10 @@ def _draw_marks(axes: Axes, line: RateLine, how: Look, high: float, height: floa
         (ABOVE, pale_above, _PALE),
     ):
         strip_marks(axes, marker, lrs, how, height=height, size=4.5, alpha=alpha)
+    # Beside the lane, where the axis has no ticks: whose it is, for those who do not tell the colours apart.
+    axes.plot(
+        [-0.025], [height], color=how.colour, marker=how.marker, markersize=4, transform=axes.transAxes, clip_on=False
+    )
 
 
 def tolerance_bars(study: ToleranceStudy, place: Place, prefix: str) -> str | None:

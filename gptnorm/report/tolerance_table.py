@@ -14,10 +14,12 @@ from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grid
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import LINE, notes
+from gptnorm.report.tolerance_verdict import answer
 from gptnorm.report.track import Track
-from gptnorm.study.measures import Estimate, paired_difference
+from gptnorm.study.measures import Estimate, Point, mean_of, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"
+CURVE = "Loss at every rate"
 FACTORS = (1.05, 1.1, 1.2, 1.3, 1.4)
 """Of the own best loss."""
 BASELINE = "baseline"
@@ -44,6 +46,7 @@ def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
         _loss_grid(study, place),
         _rate_grid(study, place),
         _line_grid(study, place),
+        _curve_grid(study, place),
         *_tuned_grids(study, place),
         _other_grid(study, place),
     ]
@@ -68,7 +71,7 @@ def overview_grids(study: ToleranceStudy) -> list[Grid]:
 def rich_tolerance(study: ToleranceStudy) -> Group:
     """The tables for the terminal; print it with a `rich.console.Console`."""
     tables = grids(study)
-    return rich_grids(study.about.title, tables, notes(study, tables))
+    return rich_grids(study.about.title, tables, notes(study, tables), answer(study))
 
 
 def markdown_tolerance(study: ToleranceStudy) -> str:
@@ -136,6 +139,30 @@ def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     return Grid(title=title, head=head, rows=tuple(rows), words=1)
 
 
+def _curve_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+    """What a rate costs: the mean loss of every strategy wherever all reported seeds of it trained."""
+    if not study.follows_rates or study.screening:
+        return None
+    columns = {name: dict(place.own[name].mean_curve()) for name in study.ranked(place.own) if name in place.own}
+    rows = []
+    for lr in sorted({lr for curve in columns.values() for lr in curve}):
+        entries = [_mean_loss(curve.get(lr, []), len(study.seeds)) for curve in columns.values()]
+        if any(entry != MISSING for entry in entries):
+            rows.append((lr_text(lr), *entries))
+    if not rows:
+        return None
+    return Grid(title=_title(CURVE, place), head=("rate", *columns), rows=tuple(rows), words=0)
+
+
+def _mean_loss(points: Sequence[Point], seeds: int) -> Entry:
+    if len(points) < seeds:
+        return MISSING
+    losses = [point.loss for point in points if point.stable and point.loss is not None]
+    if len(losses) < seeds:
+        return Stacked("unstable", f"({seeds - len(losses)} of {seeds})")
+    return loss_entry(mean_of(losses))
+
+
 def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     """What tuning gives each strategy, and what it leaves of the differences."""
     if not study.tune:
@@ -145,7 +172,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     gains = []
     for name in names:
         before, after = own.get(name), tuned.get(name)
-        setting = after.setting if after and after.best else MISSING
+        setting = marked(after.setting, bool(after.open_ends)) if after and after.best else MISSING
         gain = marked(difference_entry(_gain(before, after)), _at_end(before) or _at_end(after))
         losses = [marked(_loss(track), _at_end(track)) for track in (before, after)]
         gains.append((name, setting, *losses, gain))
@@ -288,13 +315,13 @@ def _beats(pair: Pair | None) -> Entry:
 
 
 def _at_end(track: Track | None) -> bool:
-    """Whether the best rate is no optimum."""
-    return track is not None and track.end is not None
+    """Whether the best rate, or what was chosen beside it, is no optimum."""
+    return track is not None and track.at_end
 
 
 def _gain(before: Track | None, after: Track | None) -> Estimate | None:
     """Of what another setting than its own is best for, with no seed that failed."""
-    if before is None or after is None or before is after or before.failed or after.failed:
+    if before is None or after is None or before.variant == after.variant or before.failed or after.failed:
         return None
     return paired_difference(after.losses, before.losses)
 

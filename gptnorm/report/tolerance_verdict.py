@@ -12,7 +12,7 @@ from gptnorm.report.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.scaling_table import scaling_answer
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import partial_notes, seeds_text
-from gptnorm.report.track import Track
+from gptnorm.report.track import End, Track
 from gptnorm.study.measures import Estimate
 
 MOST_NAMED = 4
@@ -74,8 +74,17 @@ def caveats(study: ToleranceStudy) -> list[str]:
             "The strategy of the lowest loss was found on the seeds that its lead is measured on, which flatters the "
             "lead: of several that are equal the lucky one is named, and its interval excludes 0 too often."
         )
-    if any(track.end for place in study.places for track in (*place.own.values(), *place.tuned.values())):
-        found.append("Where the best is the lowest or highest rate tried, it is no optimum, and no comparison is fair.")
+    tracks = [track for place in study.places for track in (*place.own.values(), *place.tuned.values())]
+    if any(track.at_end for track in tracks):
+        what = "rate or setting" if any(track.open_ends for track in tracks) else "rate"
+        found.append(
+            f"Where the best is the lowest or highest {what} tried, it is no optimum, and no comparison is fair."
+        )
+    if study.tune and not study.screening:
+        found.append(
+            f"What is tuned beside the rate was chosen on {seeds_text(study.pick)} alone, and no interval holds the "
+            "error of that choice."
+        )
     found.append(
         f"A best rate is known to about a factor {study.search.optimum:g}, an edge to a factor {study.search.edge:g}. "
         "What counts as stable is a choice; the tables say which."
@@ -172,7 +181,20 @@ def _tuned(study: ToleranceStudy, place: Place) -> list[str]:
     assert difference is not None
     return [
         f"With {names_text(list(study.tune))} tuned for both, {name}'s loss minus {study.baseline}'s is "
-        f"{_difference(difference)}."
+        f"{_difference(difference)}.",
+        *_open_ends(place),
+    ]
+
+
+def _open_ends(place: Place) -> list[str]:
+    found: dict[tuple[str, End], list[str]] = {}
+    for name, track in place.tuned.items():
+        for open_end in track.open_ends:
+            found.setdefault(open_end, []).append(name)
+    return [
+        f"For {names_text(names)} the chosen {key} is the {end} tried, so it is no result: a "
+        f"{'higher' if end == 'highest' else 'lower'} one may do better."
+        for (key, end), names in found.items()
     ]
 
 

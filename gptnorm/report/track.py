@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from gptnorm.report.results import Cell
 from gptnorm.study.cell import Pairs
@@ -77,6 +77,12 @@ class Track:
     place: Pairs
     variant: Pairs
     """What was tuned; empty: the strategy as it comes."""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """Its value of every setting that the study tunes."""
+    open_ends: tuple[tuple[str, End], ...] = ()
+    """Of the setting chosen, what is the lowest or highest value tried; `gptnorm.report.tuning`."""
+    width: int | None
+    """Of the model, d."""
     trials: tuple[Trial, ...]
     pick: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -157,6 +163,11 @@ class Track:
     def end(self) -> End | None:
         """Whether the best is the lowest or highest rate tried, and so no optimum."""
         return _end(self.picked, self.best)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether its rate, or a setting that was chosen for it, is the lowest or highest tried."""
+        return self.end is not None or bool(self.open_ends)
 
     @property
     def picked_end(self) -> End | None:
@@ -257,6 +268,11 @@ class Track:
     def sensitivity(self) -> Estimate | None:
         """Of the reported seeds if all trained over the whole grid, else of those that picked."""
         return self._sensitivity(self.seeds) or self._sensitivity(self.pick)
+
+    @property
+    def sensitivity_reported(self) -> bool:
+        """Whether it is that of the reported seeds."""
+        return self._sensitivity(self.seeds) is not None
 
     def _sensitivity(self, seeds: tuple[int, ...]) -> Estimate | None:
         if self.cap is None:

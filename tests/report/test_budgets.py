@@ -149,4 +149,4 @@ def test_a_best_rate_at_an_end_is_marked(tmp_path: Path, who: str, budget: int, 
         (row,) = grid.rows
         marks = [str(steps) for steps, entry in zip(BUDGETS, row[1:], strict=True) if " edge" in str(entry)]
         assert marks == expected.split(), grid.title
-    assert "edge: lowest or highest rate (or batch) tried" in markdown_tolerance(study)
+    assert "edge: lowest or highest rate (or batch, or value of what is tuned) tried" in markdown_tolerance(study)

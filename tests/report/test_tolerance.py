@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 from tolerance_folders import ENTROPY, VOCAB, Bowl, line, lines_of, make_tolerance
 
+from gptnorm.errors import UserError
 from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
-from gptnorm.report.format import short_text
+from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.html import write_study_report
 from gptnorm.report.tolerance_notes import notes, stability_note
 from gptnorm.report.tolerance_plots import tolerance_bars
@@ -412,6 +413,79 @@ def test_what_survives_tuning(tmp_path: Path) -> None:
     assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
 
 
+def test_a_tuned_value_at_an_end_of_those_tried_is_marked(tmp_path: Path) -> None:
+    """With the width 512 "twin" is 0.04: of base the middle is best, of ours the highest, of theirs a decay of 0."""
+    settings = {"init.std": "twin", "model.d_model": 512, "optim.weight_decay": 0.1, "options.qk_norm": "none"}
+    tune = {
+        "init.std": ["published", "twin", 0.08],
+        "optim.weight_decay": [0.0, 0.1],
+        "options.qk_norm": ["none", "head"],
+    }
+    stds: list[dict[str, Any]] = [{"init.std": "published"}, {}, {"init.std": 0.08}]
+    bottoms = {"base": (2.0, 1.9, 2.0), "ours": (2.0, 1.9, 1.8), "theirs": (2.0, 1.9, 2.0)}
+    lines = []
+    for name, by_std in bottoms.items():
+        for std, bottom in zip(stds, by_std, strict=True):
+            for decay in ({"optim.weight_decay": 0.0}, {}):
+                lower = -0.05 if decay and name == "theirs" else 0.05 if decay else 0.0
+                for heads in ({}, {"options.qk_norm": "head"}):
+                    variant = {**std, **decay, **heads}
+                    more = {"variant": variant} if variant else {}
+                    bowl = {name: Bowl(4e-3, bottom=bottom + lower + (0.01 if heads else 0), edge=6e-2)}
+                    lines += lines_of(bowl, RATES, range(6), **more)
+    asked = {"tune": tune, "report": "neighbours"}
+    shared = {"shared": {**settings, "train.steps": 6}, "differing": {}, "recipe": {}}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, settings=shared))
+    (place,) = study.places
+    assert {name: dict(track.open_ends) for name, track in place.tuned.items()} == {
+        "base": {"optim.weight_decay": "highest"},
+        "ours": {"init.std": "highest", "optim.weight_decay": "highest"},
+        "theirs": {},
+    }
+    text = markdown_tolerance(study)
+    title = "Tuned: init.std, optim.weight\\_decay, options.qk\\_norm"
+    assert row_of(text, title, "ours")[1] == "init.std = 0.08 edge"
+    assert row_of(text, title, "theirs")[1] == "optim.weight\\_decay = 0.0"
+    both = "Against base, as they come and with init.std, optim.weight\\_decay, options.qk\\_norm tuned for both"
+    assert all("edge" in row_of(text, both, name)[2] for name in ("ours", "theirs"))
+    assert not any("edge" in row_of(text, both, name)[1] for name in ("ours", "theirs"))
+    said = " ".join(answer(study))
+    assert "For ours the chosen init.std is the highest tried, so it is no result: a higher one may do better." in said
+    assert "For base and ours the chosen optim.weight_decay is the highest tried" in said
+    assert any("tuned beside the rate was chosen on seed 0 alone" in caveat for caveat in caveats(study))
+
+
+def test_loss_at_every_rate(known: str) -> None:
+    for k, lr in enumerate(RATES):
+        row = row_of(known, "Loss at every rate", lr_text(lr))
+        for name, entry in zip(("ours", "base"), row[1:], strict=True):
+            losses = [(our_loss if name == "ours" else base_loss)(k, seed) for seed in SEEDS]
+            if None in losses:
+                assert entry == f"unstable ({losses.count(None)} of {len(SEEDS)})"
+            else:
+                assert numbers(entry) == pytest.approx(
+                    interval([loss for loss in losses if loss is not None]), abs=6e-5
+                )
+
+
+def test_a_rate_that_not_all_reported_seeds_have_is_not_in_the_table_of_losses(tmp_path: Path) -> None:
+    bowl = {"base": Bowl(4e-3, edge=6e-2)}
+    lines = [*lines_of(bowl, RATES, (0,)), *lines_of(bowl, RATES[2:], range(1, 6)), *lines_of(bowl, RATES[:1], (1,))]
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked={"report": "near"}))
+    text = markdown_tolerance(study)
+    assert row_of(text, "Loss at every rate", lr_text(RATES[2]))
+    for lr in RATES[:2]:
+        assert f"| {lr_text(lr)} |" not in text.split("Loss at every rate")[1]
+    assert "Of seed 0 alone, since the others did not train over all of the grid." in text
+
+
+def test_a_loss_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    lines = lines_of({"base": Bowl(4e-3)}, RATES, range(6))
+    lines[3]["val_loss"] = "2.0"
+    with pytest.raises(UserError, match=r"a line is none of a tolerance study.*'2\.0'"):
+        load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
+
+
 def test_an_end_is_marked_wherever_something_stands_on_it(tmp_path: Path) -> None:
     """At the first place theirs is an end, at the second ours tuned, at the third neither."""
     inner, lowest, highest = Bowl(8e-3, edge=2e-1), Bowl(1e-5, curve=0.01, edge=2e-1), Bowl(1.0, curve=0.01)
@@ -450,7 +524,7 @@ def test_an_end_is_marked_wherever_something_stands_on_it(tmp_path: Path) -> Non
     assert marks(f"{against}{escaped[1]}", "ours") == [False, True, False, True]
     assert marks(f"{against}{escaped[2]}", "ours") == [False, False, False, False]
     assert row_of(text, "Loss minus base's, each at its own best rate", "ours")[1].split(" edge ")[1].startswith(r"\[")
-    assert text.count("edge: lowest or highest rate (or batch) tried") == 1
+    assert text.count("edge: lowest or highest rate (or batch, or value of what is tuned) tried") == 1
     console = Console(file=io.StringIO(), width=250)
     console.print(rich_tolerance(study))
     page = re.sub(r"<[^>]*>", "", write_study_report(folder).read_text(encoding="utf-8"))
@@ -508,12 +582,14 @@ def test_terminal(tmp_path: Path) -> None:
     assert all(len(entry) <= 80 for entry in shown.splitlines())
     assert "[b]base|" in shown
     assert "\\[b]base\\|" in markdown_tolerance(study)
+    assert all(sentence.split()[0] in shown for sentence in answer(study))
     wide = Console(file=io.StringIO(), width=250)
     wide.print(rich_tolerance(study))
+    assert shown.index("has the lowest loss") < shown.index("Loss, each at its own best rate")
     for grid in grids(study):
         for row in grid.rows:
             for entry in row:
-                for part in str(entry).split(" ["):
+                for part in re.split(r" (?=[\[(])", str(entry)):
                     assert part.strip("[]") in wide.file.getvalue()
 
 
