@@ -136,14 +136,14 @@ def frontier(spots: Sequence[Spot]) -> list[Spot]:
 def loss_law(spots: Sequence[Spot]) -> Law | None:
     """Of the frontier; the exponent of "C" is -b."""
     found = frontier(spots)
-    seeds = _seeds([spot.track.losses for spot in found])
+    seeds = seeds_of_all([spot.track.losses for spot in found])
     return fit_law({s: [spot.track.losses[s] for spot in found] for s in seeds}, {"C": [spot.flops for spot in found]})
 
 
 def rate_law(spots: Sequence[Spot]) -> Law | None:
     """Of every reported seed's best rates; where these are nowhere known (`report = "best"`), of the picking seeds'."""
     known = [spot for spot in spots if spot.rates.keys() == set(spot.track.seeds)]
-    values = {seed: [spot.rates[seed] for spot in known] for seed in _seeds([spot.rates for spot in known])}
+    values = {seed: [spot.rates[seed] for spot in known] for seed in seeds_of_all([spot.rates for spot in known])}
     if not known:
         known = [spot for spot in spots if spot.picked_rate]
         values = {0: [spot.picked_rate or math.nan for spot in known]}
@@ -157,7 +157,7 @@ def best_batches(group: Sequence[Spot]) -> dict[int, float]:
     ordered = sorted((spot for spot in group if spot.compared), key=lambda spot: spot.batch)
     found = {
         seed: _vertex([(float(spot.batch), spot.track.losses[seed]) for spot in ordered])
-        for seed in _seeds([spot.track.losses for spot in ordered])
+        for seed in seeds_of_all([spot.track.losses for spot in ordered])
     }
     return {seed: batch for seed, batch in found.items() if batch is not None}
 
@@ -167,7 +167,7 @@ def batch_law(spots: Sequence[Spot]) -> Law | None:
     groups = list(by_text(spots).values())
     found = [(group[0], best_batches(group)) for group in groups]
     whole = [(spot, batches) for spot, batches in found if batches.keys() == set(spot.track.seeds)]
-    seeds = _seeds([batches for _, batches in whole])
+    seeds = seeds_of_all([batches for _, batches in whole])
     return fit_law(
         {seed: [batches[seed] for _, batches in whole] for seed in seeds},
         {"M": [spot.size for spot, _ in whole], "D": [spot.tokens for spot, _ in whole]},
@@ -224,11 +224,13 @@ def _vertex(points: Sequence[tuple[float, float | None]]) -> float | None:
     return best.lr if best is not None and best.is_optimum else None
 
 
-def _seeds(found: Sequence[Mapping[int, float]]) -> list[int]:
+def seeds_of_all(found: Sequence[Mapping[int, float]]) -> list[int]:
     """Those that all have."""
     return sorted(set.intersection(*(set(by_seed) for by_seed in found))) if found else []
 
 
 def _curves(spots: Sequence[Spot]) -> dict[int, Curve]:
     """Loss by compute, for each reported seed."""
-    return {s: {spot.flops: spot.track.losses[s] for spot in spots} for s in _seeds([p.track.losses for p in spots])}
+    return {
+        s: {spot.flops: spot.track.losses[s] for spot in spots} for s in seeds_of_all([p.track.losses for p in spots])
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from gptnorm.report.critical_batch import MOST, batches_of
 from gptnorm.report.estimates import marked, ratio_entry, side
 from gptnorm.report.format import MISSING, names_text, short_text
 from gptnorm.report.grids import Entry, Grid, Stacked
@@ -21,13 +22,14 @@ from gptnorm.report.scaling import (
     spots_of,
 )
 from gptnorm.report.tolerance import ToleranceStudy
-from gptnorm.study.measures import Estimate, geometric_mean
+from gptnorm.study.measures import Bound, Estimate, geometric_mean
 
 LOSS_LAW = "Loss against compute: L = a C^-b along the frontier"
 SAVING = "Compute saved: how many times less takes to {}'s loss"
 RATE_LAW = "Best rate against size and text"
 BATCH_LAW = "Best batch against size and text"
 BATCHES = "Best batch, tokens per step"
+OVERHEAD = "Tokens to the loss of the best batch, over those that it takes"
 FACTORS = {"M": "size, M", "D": "text, D", "B": "batch, B"}
 MOST_COLUMNS = 4
 """Amounts of compute at which a saving is told, the largest ones."""
@@ -44,6 +46,7 @@ def scaling_grids(study: ToleranceStudy) -> list[Grid]:
         _laws(RATE_LAW, {name: rate_law(mine) for name, mine in spots.items()}),
         _laws(BATCH_LAW, {name: batch_law(mine) for name, mine in spots.items()}),
         _batches(spots),
+        _overheads(spots),
     ]
     return [grid for grid in found if grid is not None]
 
@@ -89,6 +92,9 @@ def scaling_words() -> dict[str, str]:
         "squares on logarithms, seed by seed.",
         "left over": "Left over: root mean square of what the line leaves of the mean over seeds, relative. The "
         "interval of an exponent says how far seeds agree, not how straight the line is.",
+        "critical batch": f"Critical batch: going up from the best batch of the picking seeds (1), the tokens per step "
+        f"from which on more than {MOST:g} times the text takes to its loss. Text by batch: at the best rate of each, "
+        "between amounts of text the loss is a line in ln(tokens), beyond them only a bound is known.",
         "FLOPs": "FLOPs: of a whole run, forward and backward, matrix products and attention.",
     }
 
@@ -149,6 +155,31 @@ def _batches(spots: dict[str, list[Spot]]) -> Grid | None:
         return None
     table = tuple((place, *(found.get(name, MISSING) for name in spots)) for place, found in rows.items())
     return Grid(title=BATCHES, head=("at", *spots), rows=table, words=1)
+
+
+def _overheads(spots: dict[str, list[Spot]]) -> Grid | None:
+    """Rows: strategies with a model and its text; columns: batches."""
+    found = {name: batches_of(mine) for name, mine in spots.items()}
+    sizes = sorted({batch for mine in found.values() for at in mine for batch in at.tokens})
+    if not sizes:
+        return None
+    rows = []
+    for name, mine in found.items():
+        for at in mine:
+            ratios = ["1" if batch == at.best.batch else ratio_entry(at.tokens.get(batch)) for batch in sizes]
+            rows.append((name, spot_text(at.best), *ratios, _critical(at.critical)))
+    head = ("strategy", "at", *(f"batch {size:,}" for size in sizes), "critical batch")
+    return Grid(title=OVERHEAD, head=head, rows=tuple(rows), words=2)
+
+
+def _critical(found: Bound | None) -> Entry:
+    if found is None:
+        return MISSING
+    low, high = (None if end is None else f"{end:,.0f}" for end in (found.low, found.high))
+    value = f"{found.value:,.0f}"
+    if found.at_least:
+        return f"≥ {value}" if low is None else Stacked(f"≥ {value}", f"[{low}, ∞)")
+    return value if low is None or high is None else Stacked(value, f"[{low}, {high}]")
 
 
 def _batch(group: Sequence[Spot]) -> Entry:
