@@ -32,6 +32,7 @@ def notes(study: ToleranceStudy, grids: Sequence[Grid]) -> list[str]:
         _loss(study),
         _best(study),
         *(text for pattern, text in _SIGNS.items() if marked(pattern)),
+        *_few(study),
         stability_note(study),
         *(text for word, text in _words(study).items() if word in heads or word in titles),
         *([f"{MISSING}: no number, or a ratio whose interval is not known."] if MISSING in entries else []),
@@ -104,6 +105,11 @@ def _best(study: ToleranceStudy) -> str:
         "some": f"Best rate: {pooled}; where they did not try several, {picked}, and {alone}. There {within}.",
         "none": f"Best rate: {picked}; {within}. The reported seeds did not try several, and {alone}.",
     }[study.crossing]
+
+
+def _few(study: ToleranceStudy) -> list[str]:
+    seeds = len(study.seeds)
+    return [f"Few seeds: {seeds} make intervals wide; five or more are better."] if 1 < seeds < 5 else []
 
 
 def _sensitive(study: ToleranceStudy) -> str:

@@ -600,3 +600,12 @@ def test_notes_explain_only_what_occurs(tmp_path: Path) -> None:
     assert {"Loss", "Best rate", "Stable", "Largest stable rate", "[low, high]", "LR sensitivity"} <= terms
     absent = {"edge", "none", "≥", "≤", "Tuned", "Speed-up at T steps", "After the same time", "(k of n)", "Partial"}
     assert not absent & terms
+
+
+def test_few_seeds_are_said_to_be_few(tmp_path: Path) -> None:
+    for count in (1, 2, 5):
+        lines = lines_of({"a": Bowl(1e-2, edge=1e-1), "b": Bowl(1e-2, edge=1e-1)}, RATES, range(count + 1))
+        seeds = range(1, count + 1)
+        study = load_tolerance(make_tolerance(tmp_path / str(count), lines, lrs=RATES, seeds=seeds))
+        said = "Few seeds: 2 make intervals wide; five or more are better."
+        assert (said in notes(study, grids(study))) is (count == 2)
