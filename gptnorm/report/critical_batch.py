@@ -8,7 +8,8 @@ $$r(B) = D_B(\ell) / D$$
 times the text, $D_B$ read off the losses of $B$ at all amounts of text that were tried, each at its own best rate,
 straight in $\ln D$ (`gptnorm.report.budgets`). The *critical batch* is where, going up from $B^\circ$, $r$ passes 1.2:
 a fifth more than if twice the batch were half the steps. So Zhang et al. 2024 (arXiv 2410.21676) define it, on runs of
-a constant rate whose weights are averaged; here every amount of text has a schedule of its own.
+a constant rate whose weights are averaged; here every amount of text has a schedule of its own. Where $B^\circ$ is the
+smallest batch tried, a still smaller one may do better, and the critical one is then smaller, too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Batches:
     critical: Bound | None
     """In tokens per step; None where the best batch is the largest."""
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the best batch is the smallest tried, so that a smaller one may do better."""
+        return self.best.batch == min(self.tokens)
+
 
 def batches_of(spots: Sequence[Spot]) -> list[Batches]:
     """Those of one strategy, for each of its models and amounts of text but a model's largest, from which on a batch
@@ -58,8 +64,8 @@ def _batches(group: Sequence[Spot], curves: Mapping[int, Mapping[int, Curve]]) -
     above = [spot.batch for spot in group if spot.batch >= best.batch]
     brackets = []
     for seed, curve in theirs.items():
-        ours = [(batch, curves[batch].get(seed, {})) for batch in above]
-        brackets.append(_crossing([(batch, needed(mine, curve[tokens])) for batch, mine in ours], tokens))
+        found = [(batch, needed(curves[batch][seed], curve[tokens])) for batch in above]
+        brackets.append(_crossing([(batch, need) for batch, need in found if need is not None], tokens))
     return Batches(
         best=best,
         tokens={spot.batch: _inverse(speed_up(curves[spot.batch], theirs, tokens)) for spot in group},
@@ -67,13 +73,10 @@ def _batches(group: Sequence[Spot], curves: Mapping[int, Mapping[int, Curve]]) -
     )
 
 
-def _crossing(found: Sequence[tuple[int, Needed | None]], tokens: float) -> Bracket:
+def _crossing(found: Sequence[tuple[int, Needed]], tokens: float) -> Bracket:
     """Of one seed, the last batch that takes at most `MOST` times the tokens and the first that takes more; both are
     the crossing itself where both numbers are known, and there is no upper end where it cannot be told."""
     for (low, before), (high, after) in pairwise(found):
-        assert before is not None
-        if after is None:
-            return low, None
         ratio = after.budget / tokens
         if after.bound != "more than" and ratio <= MOST:
             continue
@@ -95,7 +98,7 @@ def _inverse(found: Estimate | None) -> Estimate | None:
 
 
 def _curves(spots: Sequence[Spot]) -> dict[tuple[object, int], dict[int, Curve]]:
-    """Loss by tokens for each model, batch and reported seed that has all of its amounts of text."""
+    """Loss by tokens for each model and batch, by reported seed; where an optimum is known all of them have one."""
     groups: dict[tuple[object, int], list[Spot]] = {}
     for spot in spots:
         groups.setdefault((spot.model, spot.batch), []).append(spot)

@@ -36,18 +36,18 @@ MOST_COLUMNS = 4
 
 
 def scaling_grids(study: ToleranceStudy) -> list[Grid]:
-    """The laws first; none where fewer than three places differ in compute."""
+    """The laws first, which want three places that differ in compute."""
     spots = {name: spots_of(study, name) for name in study.about.strategies}
-    if not is_scaling(spots):
-        return []
-    found = [
-        _loss_law(spots),
-        _saving(study, spots),
-        _laws(RATE_LAW, {name: rate_law(mine) for name, mine in spots.items()}),
-        _laws(BATCH_LAW, {name: batch_law(mine) for name, mine in spots.items()}),
-        _batches(spots),
-        _overheads(spots),
-    ]
+    found = [_overheads(spots)]
+    if is_scaling(spots):
+        laws = [
+            _loss_law(spots),
+            _saving(study, spots),
+            _laws(RATE_LAW, {name: rate_law(mine) for name, mine in spots.items()}),
+            _laws(BATCH_LAW, {name: batch_law(mine) for name, mine in spots.items()}),
+            _batches(spots),
+        ]
+        found = [*laws, *found]
     return [grid for grid in found if grid is not None]
 
 
@@ -92,7 +92,8 @@ def scaling_words() -> dict[str, str]:
         "squares on logarithms, seed by seed.",
         "left over": "Left over: root mean square of what the line leaves of the mean over seeds, relative. The "
         "interval of an exponent says how far seeds agree, not how straight the line is.",
-        "critical batch": f"Critical batch: going up from the best batch of the picking seeds (1), the tokens per step "
+        "critical batch": f"Critical batch: going up from the best batch of the picking seeds (1; where it is the "
+        f"smallest tried, a smaller one may do better, and the critical one be smaller), the tokens per step "
         f"from which on more than {MOST:g} times the text takes to its loss. Text by batch: at the best rate of each, "
         "between amounts of text the loss is a line in ln(tokens), beyond them only a bound is known.",
         "FLOPs": "FLOPs: of a whole run, forward and backward, matrix products and attention.",
@@ -166,10 +167,15 @@ def _overheads(spots: dict[str, list[Spot]]) -> Grid | None:
     rows = []
     for name, mine in found.items():
         for at in mine:
-            ratios = ["1" if batch == at.best.batch else ratio_entry(at.tokens.get(batch)) for batch in sizes]
-            rows.append((name, spot_text(at.best), *ratios, _critical(at.critical)))
+            ratios = [_times(at.tokens.get(batch)) for batch in sizes]
+            rows.append((name, spot_text(at.best), *ratios, marked(_critical(at.critical), at.at_end)))
     head = ("strategy", "at", *(f"batch {size:,}" for size in sizes), "critical batch")
     return Grid(title=OVERHEAD, head=head, rows=tuple(rows), words=2)
+
+
+def _times(found: Estimate | None) -> Entry:
+    """Of the best batch 1 as such, unless less text takes it there, too."""
+    return "1" if found is not None and found.low == found.value == found.high == 1 else ratio_entry(found)
 
 
 def _critical(found: Bound | None) -> Entry:

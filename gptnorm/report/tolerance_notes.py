@@ -51,7 +51,8 @@ def partial_notes(study: ToleranceStudy) -> list[str]:
         if absent
         else ""
     )
-    return [f"Partial: the study has not come to its end ({plural(len(study.cells), 'run')} so far).{tail}"]
+    runs = plural(len(study.cells), "run")
+    return [f"Partial: the study has not come to its end, or was joined and not run since ({runs} so far).{tail}"]
 
 
 def stability_note(study: ToleranceStudy) -> str:
@@ -118,7 +119,7 @@ def _sensitive(study: ToleranceStudy) -> str:
     if reported == len(tracks):
         return f"Of {seeds_text(study.seeds or study.pick)}."
     if reported:
-        return f"With an interval of the reported seeds, else of {seeds_text(study.pick)} alone."
+        return f"Of the reported seeds where all trained over all of the grid, else of {seeds_text(study.pick)}."
     return f"Of {seeds_text(study.pick)} alone, since the others did not train over all of the grid."
 
 
@@ -154,6 +155,8 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "ends it. Its interval runs from where the upper limit of that mean's 95 % interval leaves 0 (–: at the own "
         "best already) to where the lower limit does (∞: nowhere up to the highest rate tried). ≤: the mean is above 0 "
         "at the own best already, but the lower limit is not. none: that is, too, or there is one seed.",
+        "oss at every rate": "Loss at every rate: mean over the reported seeds at the rate of the row, not each at its "
+        "own.",
         "LR sensitivity": f"LR sensitivity: mean excess over the own lowest loss, over ln(rate) from {low} to {high}, "
         f"in nats; a loss counts for at most that of a model that knows nothing. {_sensitive(study)}",
         "spikes": "Spikes: training losses more than 0.3 nats above the median of the 50 before, mean over seeds.",

@@ -8,7 +8,7 @@ from rich.console import Group
 
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.elsewhere_table import elsewhere_grids
-from gptnorm.report.estimates import difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
+from gptnorm.report.estimates import EDGE, difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
 from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
 from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
@@ -19,7 +19,9 @@ from gptnorm.report.track import Track
 from gptnorm.study.measures import Estimate, Point, mean_of, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"
-CURVE = "Loss at every rate"
+CURVE = "Loss at every rate that all reported seeds tried"
+MOST_CURVES = 8
+"""Strategies in its table; more would not be readable."""
 FACTORS = (1.05, 1.1, 1.2, 1.3, 1.4)
 """Of the own best loss."""
 BASELINE = "baseline"
@@ -141,7 +143,7 @@ def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
 
 def _curve_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     """What a rate costs: the mean loss of every strategy wherever all reported seeds of it trained."""
-    if not study.follows_rates or study.screening:
+    if not study.follows_rates or study.screening or len(place.own) > MOST_CURVES:
         return None
     columns = {name: dict(place.own[name].mean_curve()) for name in study.ranked(place.own) if name in place.own}
     rows = []
@@ -172,7 +174,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     gains = []
     for name in names:
         before, after = own.get(name), tuned.get(name)
-        setting = marked(after.setting, bool(after.open_ends)) if after and after.best else MISSING
+        setting = _chosen(after) if after and after.best else MISSING
         gain = marked(difference_entry(_gain(before, after)), _at_end(before) or _at_end(after))
         losses = [marked(_loss(track), _at_end(track)) for track in (before, after)]
         gains.append((name, setting, *losses, gain))
@@ -191,6 +193,12 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
         title = _title(f"Against {base}, as they come and with {what} tuned for both", place)
         found.append(Grid(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
     return [*found, _settings(study, place)]
+
+
+def _chosen(track: Track) -> str:
+    """ "init.std = 0.05 (edge: optim.weight_decay)"."""
+    ends = ", ".join(key for key, _ in track.open_ends)
+    return f"{track.setting} ({EDGE}: {ends})" if ends else track.setting
 
 
 def _settings(study: ToleranceStudy, place: Place) -> Grid:

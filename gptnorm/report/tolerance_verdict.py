@@ -174,8 +174,10 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
 def _tuned(study: ToleranceStudy, place: Place) -> list[str]:
     pairs = place.pairs(tuned=True)
     ranked = [name for name in study.ranked(place.tuned) if name in pairs and pairs[name].difference]
-    if not study.tune or not ranked:
+    if not study.tune:
         return []
+    if not ranked:
+        return _open_ends(place)
     name = ranked[0]
     difference = pairs[name].difference
     assert difference is not None

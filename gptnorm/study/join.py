@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     """Adds the runs of study folders to a study's folder, which is made if there is none.
 
     A run that is there already is left alone, so that joining again adds what is new. The folders of the runs are
-    copied, without checkpoints. The whole is complete where each study was, or every part of one has ended.
+    copied, without checkpoints. Whether anything is missing of what was asked in all of them together is not known
+    here: the whole counts as complete once its command has been run on it, unless joining has changed nothing.
 
     Returns:
         How many runs were added.
@@ -54,7 +54,7 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
         _refuse_others(ledger.earlier, [(part, facts) for part, facts, _ in found])
-        together = [facts for _, facts, _ in found] + ([] if ledger.earlier is None else [ledger.earlier])
+        before = ledger.earlier
         for part, facts, lines in found:
             new = [line for line in lines if line["run"] not in ledger.done]
             places = ledger.begin(facts)
@@ -65,17 +65,17 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
             if new:
                 ledger.spent(facts["seconds"] or 0.0)
             added += len(new)
-        ledger.ended(*_ended(together))
+        assert ledger.earlier is not None
+        ledger.complete(
+            before is not None and before.get("complete") is True and not added and _ask(before, ledger.earlier)
+        )
     return added
 
 
-def _ended(studies: Sequence[Facts]) -> tuple[bool, list[str]]:
-    """Whether nothing is missing of several studies together, and else the parts of which nothing is."""
-    parts = sorted({part for facts in studies for part in facts.get("parts", ())})
-    found = Counter(total for _, total in map(parse_part, parts))
-    covered = not parts or any(total == count for total, count in found.items())
-    whole = all(facts.get("complete") is True for facts in studies if not facts.get("parts"))
-    return covered and whole, parts if whole else []
+def _ask(before: Facts, now: Facts) -> bool:
+    """Whether both ask for the same runs."""
+    told = {"commands", "environments", "seconds", "complete"}
+    return all(before.get(key) == now.get(key) for key in (before.keys() | now.keys()) - told)
 
 
 def _lines_of(part: Path, facts: Facts, folder: Path) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ class Ledger:
             facts = joined(self.earlier, facts)
         else:
             facts["seconds"] = None
-        facts.setdefault("complete", False)
+        facts["complete"] = False
         self.earlier = facts
         self._write(facts)
         return [facts["environments"].index(environment) for environment in here]
@@ -110,12 +110,11 @@ class Ledger:
             os.fsync(file.fileno())
         self.done[run] = line
 
-    def ended(self, whether: bool, parts: Sequence[str] = ()) -> None:
-        """Records whether nothing is missing of what was asked, and else of which parts of it nothing is."""
+    def complete(self, whether: bool) -> None:
+        """Records whether nothing is missing of what was asked; `begin` takes it back."""
         assert self.earlier is not None
-        state = {"complete": whether, "parts": [] if whether else list(parts)}
-        if any(self.earlier.get(key) != value for key, value in state.items()):
-            self.earlier |= state
+        if self.earlier.get("complete") is not whether:
+            self.earlier["complete"] = whether
             self._write(self.earlier)
 
     def spent(self, seconds: float) -> None:
@@ -282,7 +281,6 @@ def _is_whole(facts: Facts) -> bool:
     settings, data, ladder, tolerance = (facts.get(key, {}) for key in ("settings", "data", "ladder", "tolerance"))
     return (
         all(isinstance(facts.get(key), list) for key in UNIONS)
-        and isinstance(facts.get("parts", []), list)
         and {"title", "recipe", "seconds"} <= facts.keys()
         and all(isinstance(table, dict) for table in (settings, data, ladder, tolerance))
         and isinstance(tolerance.get("tune", {}), dict)

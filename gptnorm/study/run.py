@@ -132,7 +132,7 @@ def run_study(
         def wanted() -> list[Cell]:
             return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {}).get("unigram_entropy"))
 
-        _record_end(ledger, kind.part, ended=not wanted())
+        ledger.complete(not wanted() and kind.part == (1, 1))
         if not wanted():
             if not ledger.done:
                 console.print(f"part {part_name(kind.part)}: no run falls to it, the study has fewer shares than that")
@@ -146,13 +146,8 @@ def run_study(
                 ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
         finally:
             ledger.spent(time.monotonic() - started)
-        _record_end(ledger, kind.part, ended=not wanted())
+        ledger.complete(not wanted() and kind.part == (1, 1))
     return folder
-
-
-def _record_end(ledger: Ledger, part: Part, *, ended: bool) -> None:
-    whole = part == (1, 1)
-    ledger.ended(ended and whole, parts=[part_name(part)] if ended and not whole else [])
 
 
 def _line(outcome: Outcome) -> dict[str, Any]:

@@ -444,7 +444,8 @@ def test_a_tuned_value_at_an_end_of_those_tried_is_marked(tmp_path: Path) -> Non
     }
     text = markdown_tolerance(study)
     title = "Tuned: init.std, optim.weight\\_decay, options.qk\\_norm"
-    assert row_of(text, title, "ours")[1] == "init.std = 0.08 edge"
+    assert row_of(text, title, "ours")[1] == r"init.std = 0.08 (edge: init.std, optim.weight\_decay)"
+    assert row_of(text, title, "base")[1] == r"as it comes (edge: optim.weight\_decay)"
     assert row_of(text, title, "theirs")[1] == "optim.weight\\_decay = 0.0"
     both = "Against base, as they come and with init.std, optim.weight\\_decay, options.qk\\_norm tuned for both"
     assert all("edge" in row_of(text, both, name)[2] for name in ("ours", "theirs"))
@@ -455,9 +456,39 @@ def test_a_tuned_value_at_an_end_of_those_tried_is_marked(tmp_path: Path) -> Non
     assert any("tuned beside the rate was chosen on seed 0 alone" in caveat for caveat in caveats(study))
 
 
+@pytest.mark.parametrize(("width", "end"), [(512, "lowest"), (2048, None), (32, "highest")])
+def test_a_named_std_is_what_it_is_at_the_width_of_the_place(tmp_path: Path, width: int, end: str | None) -> None:
+    """ "twin", which is best, is 0.04, 0.02 and 0.16 there, beside 0.06 and 0.09, or 0.01 and 0.09."""
+    others = (0.01, 0.09) if end is None else (0.06, 0.09)
+    place = {"model.d_model": width}
+    lines = lines_of({"base": Bowl(4e-3, edge=6e-2)}, RATES, range(6), place=place)
+    for std in others:
+        worse = {"base": Bowl(4e-3, bottom=2.1, edge=6e-2)}
+        lines += lines_of(worse, RATES, range(6), place=place, variant={"init.std": std})
+    asked = {"tune": {"init.std": ["twin", *others]}, "places": [place], "report": "neighbours"}
+    settings = {"shared": {"init.std": "twin", "model.d_model": 64}, "differing": {}, "recipe": {}}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, settings=settings))
+    assert study.places[0].tuned["base"].open_ends == (() if end is None else (("init.std", end),))
+    said = " ".join(answer(study))
+    assert (f"the chosen init.std is the {end} tried" in said) is (end is not None)
+
+
+def test_sensitivity_says_whose_it_is(tmp_path: Path) -> None:
+    whole = lines_of({"a": Bowl(4e-3, edge=6e-2)}, RATES, range(6))
+    part = [*lines_of({"b": Bowl(4e-3, edge=6e-2)}, RATES, (0,)), *lines_of({"b": Bowl(4e-3)}, RATES[1:4], range(1, 6))]
+    for lines, words in (
+        (whole, "Of seeds 1, 2, 3, 4 and 5."),
+        (part, "Of seed 0 alone, since the others did not train over all of the grid."),
+        ([*whole, *part], "Of the reported seeds where all trained over all of the grid, else of seed 0."),
+    ):
+        study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
+        (note,) = [note for note in notes(study, grids(study)) if note.startswith("LR sensitivity")]
+        assert note.endswith(words)
+
+
 def test_loss_at_every_rate(known: str) -> None:
     for k, lr in enumerate(RATES):
-        row = row_of(known, "Loss at every rate", lr_text(lr))
+        row = row_of(known, "Loss at every rate that all reported seeds tried", lr_text(lr))
         for name, entry in zip(("ours", "base"), row[1:], strict=True):
             losses = [(our_loss if name == "ours" else base_loss)(k, seed) for seed in SEEDS]
             if None in losses:
@@ -473,9 +504,9 @@ def test_a_rate_that_not_all_reported_seeds_have_is_not_in_the_table_of_losses(t
     lines = [*lines_of(bowl, RATES, (0,)), *lines_of(bowl, RATES[2:], range(1, 6)), *lines_of(bowl, RATES[:1], (1,))]
     study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked={"report": "near"}))
     text = markdown_tolerance(study)
-    assert row_of(text, "Loss at every rate", lr_text(RATES[2]))
+    assert row_of(text, "Loss at every rate that all reported seeds tried", lr_text(RATES[2]))
     for lr in RATES[:2]:
-        assert f"| {lr_text(lr)} |" not in text.split("Loss at every rate")[1]
+        assert f"| {lr_text(lr)} |" not in text.split("Loss at every rate that all reported seeds tried")[1]
     assert "Of seed 0 alone, since the others did not train over all of the grid." in text
 
 

@@ -51,36 +51,39 @@ def test_parts_make_the_whole(study, tmp_path, kind):
     assert len(made) == len(lines(whole))
     assert made <= everything(out).keys()
     facts = json.loads((out / "study.json").read_text())
-    assert facts["complete"] is True
-    facts_of_parts = [json.loads((part / "study.json").read_text()) for part in parts]
-    assert [(part["complete"], part["parts"]) for part in facts_of_parts] == [(False, ["1/2"]), (False, ["2/2"])]
     assert facts["seconds"] == pytest.approx(sum(json.loads((p / "study.json").read_text())["seconds"] for p in parts))
     before = everything(out)
     assert join_studies(parts, out) == 0
     assert everything(out) == before
     run_study(kind(), str(study), settings, out, quiet)
     assert outcomes(out) == outcomes(whole), "nothing is left to be done"
+    assert complete(out)
+    join_studies(parts, out)
+    assert complete(out), "joining has changed nothing"
 
 
-def test_a_joined_study_is_complete_once_every_part_has_ended(study, tmp_path):
+def complete(folder: Path) -> bool:
+    return json.loads((folder / "study.json").read_text())["complete"]
+
+
+def test_a_joined_study_is_complete_once_its_command_has_been_run_on_it(study, tmp_path):
+    """Each asks for other seeds: together they leave nothing out here, but might."""
     quiet = Console(quiet=True)
-    first, second, last = (
-        run_study(Grid(part=(k, 3)), str(study), SMALL, part_folder(tmp_path / "parts", (k, 3)), quiet)
-        for k in (1, 2, 3)
-    )
-
-    def complete(*parts, into):
-        join_studies(parts, tmp_path / into)
-        return json.loads((tmp_path / into / "study.json").read_text())["complete"]
-
-    assert not complete(first, second, into="two")
-    assert complete(last, into="two"), "in two goes"
-    assert not complete(last, last, into="one")
-    cut = tmp_path / "cut"
-    shutil.copytree(second, cut)
-    (cut / "study.json").write_text((cut / "study.json").read_text().replace('"2/3"', ""))
-    assert not complete(first, second, cut, last, into="begun"), "a study that has only begun stands beside"
-    assert not complete(first, second, last, into="begun")
+    mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", quiet)
+    theirs = run_study(Grid(), str(study), (*SMALL, "study.seeds=[4]"), tmp_path / "theirs", quiet)
+    assert complete(mine)
+    assert complete(theirs)
+    assert join_studies([theirs], mine) == 6
+    assert not complete(mine)
+    run_study(Grid(), str(study), SMALL, mine, quiet)
+    assert complete(mine)
+    more = run_study(Grid(), str(study), (*SMALL, "study.seeds=[4,5]"), tmp_path / "theirs", quiet)
+    facts = json.loads((more / "study.json").read_text())
+    shutil.copytree(more, tmp_path / "asked")
+    (tmp_path / "asked" / "cells.jsonl").unlink()
+    (tmp_path / "asked" / "study.json").write_text(json.dumps({**facts, "complete": False}))
+    assert join_studies([tmp_path / "asked"], mine) == 0
+    assert not complete(mine), "no run was added, but more is asked for"
 
 
 def test_a_part_without_a_run_says_so_and_can_be_joined(study, tmp_path):
@@ -90,8 +93,7 @@ def test_a_part_without_a_run_says_so_and_can_be_joined(study, tmp_path):
     ]  # fmt: skip
     assert not (parts[6] / "cells.jsonl").exists()
     assert "part 7/7: no run falls to it" in said.export_text()
-    join_studies(parts, tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "study.json").read_text())["complete"] is True
+    assert join_studies(parts, tmp_path / "whole") == 6
 
 
 def test_studies_of_two_machines(study, tmp_path):
