@@ -68,7 +68,7 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
     leaves it, is skipped.
 
     Raises:
-        UserError: another line is no JSON object, or lacks strategy, lr or seed.
+        UserError: another line is no JSON object, lacks strategy, lr or seed, or has a loss that is no number.
     """
     if not path.exists():
         return []
@@ -87,6 +87,9 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
         lr, seed = finite(row.get("lr")), row.get("seed")
         if not isinstance(row.get("strategy"), str) or lr is None or lr <= 0 or type(seed) is not int:
             raise UserError(f"{path}: line {number} lacks strategy, lr or seed, or has a wrong one: {row!r}")
+        loss = row.get("val_loss")
+        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
+            raise UserError(f"{path}: line {number} has a val_loss that is no number: {loss!r}")
         rows.append(row)
     return rows
 

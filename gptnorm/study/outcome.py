@@ -63,15 +63,8 @@ class Stability:
 
 
 def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
-    """A line of the ledger as a point of a curve.
-
-    Raises:
-        KeyError, TypeError, ValueError: it has no rate, or a loss that is no number.
-    """
-    found = line.get("val_loss")
-    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
-        raise TypeError(found)
-    loss = finite(found) if line.get("status") == "finished" else None
+    """A line of the ledger as a point of a curve; KeyError, TypeError or ValueError where it has no rate."""
+    loss = finite(line.get("val_loss")) if line.get("status") == "finished" else None
     training = Training(tail=finite(line.get("tail_loss")), lowest=finite(line.get("lowest_loss")), spikes=0)
     return Point(float(line["lr"]), loss, stability.holds(loss, training, entropy))
 

@@ -29,7 +29,7 @@ from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
 from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
-from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.outcome import point_of
 from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Entropy, Lines
 from gptnorm.study.search import CLOSEST
@@ -146,7 +146,7 @@ class TolerancePlan:
                 (str(line["strategy"]), as_pairs(line.get("place")), as_pairs(line.get("variant")))
             )
             if setup is not None:
-                point = _point(line, self.study.stability, entropy(line))
+                point = point_of(line, self.study.stability, entropy(line))
                 known[Run(str(line["strategy"]), setup, point.lr, int(line["seed"]))] = point
         number, parts = self._part
         runs = [wanted_runs(group, known, self.study) for group in self._groups[number - 1 :: parts]]
@@ -194,13 +194,6 @@ class TolerancePlan:
         model = self._recipe.resolve(self._shared, strategy=strategy).model
         sizes = sizes_at(width, model, key)
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
-
-
-def _point(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
-    try:
-        return point_of(line, stability, entropy)
-    except (TypeError, ValueError):
-        raise UserError(f"cells.jsonl: the loss of {line.get('run')!r} is no number; take the line out") from None
 
 
 def _read(table: Mapping[str, Any]) -> dict[str, Any]:
