@@ -28,6 +28,9 @@ class Stacked:
 
 Entry = str | Stacked
 
+WHOLE = 16
+"""Signs up to which the first entry of a row is not broken in the terminal."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -49,9 +52,10 @@ def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str], answer: 
         table.title_justify = "left"
         for index, name in enumerate(grid.head):
             justify = "left" if index < grid.words else "right"
-            # What a row is about stays in one piece where room is short, unless it is a whole path.
-            whole = min(16, max((len(str(row[0])) for row in grid.rows), default=0)) if index == 0 else None
-            table.add_column(Text(name), justify=justify, overflow="fold", min_width=whole)
+            # What a row is about stays in one piece where room is short, unless it is a whole path; a least width
+            # would push numbers out of the terminal.
+            short = index == 0 and all(len(str(row[0])) <= WHOLE for row in grid.rows)
+            table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=short)
         for row in grid.rows:
             table.add_row(*(Text(_lines(entry)) for entry in row))
         parts.append(table)

@@ -164,11 +164,13 @@ def _overheads(spots: dict[str, list[Spot]]) -> Grid | None:
     sizes = sorted({batch for mine in found.values() for at in mine for batch in at.tokens})
     if not sizes:
         return None
+    several = len({at.best.model for mine in found.values() for at in mine}) > 1
     rows = []
     for name, mine in found.items():
         for at in mine:
+            where = spot_text(at.best) if several else f"{at.best.tokens:,} tokens"
             ratios = [_times(at.tokens.get(batch)) for batch in sizes]
-            rows.append((name, spot_text(at.best), *ratios, marked(_critical(at.critical), at.at_end)))
+            rows.append((name, where, *ratios, marked(_critical(at.critical), at.at_end)))
     head = ("strategy", "at", *(f"batch {size:,}" for size in sizes), "critical batch")
     return Grid(title=OVERHEAD, head=head, rows=tuple(rows), words=2)
 

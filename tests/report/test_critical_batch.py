@@ -122,7 +122,7 @@ def test_the_table(tmp_path: Path) -> None:
     made(tmp_path)
     text = markdown_study(tmp_path)
     assert "| strategy | at | batch 40 | batch 80 | batch 160 | batch 320 | batch 640 | critical batch |" in text
-    assert "| base | model.d\\_model = 100, 6,400 tokens | 1 | 1.09 " in text
+    assert "| base | 6,400 tokens | 1 | 1.09 " in text
     row = next(line for line in text.splitlines() if "6,400 tokens | 1 |" in line)
     assert row.split("|")[-2].split()[:2] == ["123", "edge"], "a smaller batch may do better"
     assert "Critical batch: going up from the best batch" in text

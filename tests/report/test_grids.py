@@ -12,10 +12,10 @@ from gptnorm.report.grids import Grid, Stacked, rich_grids
 NUMBER = Stacked("1.2345", "[1.2300, 1.2400]")
 
 
-@pytest.mark.parametrize("columns", [1, 3, 6])
-def test_names_stay_whole_and_lines_within_the_terminal(columns: int) -> None:
-    path = "runs/" + "a" * 90
-    rows = ((name, *[NUMBER] * columns) for name in ("prenorm_qknorm", path))
+@pytest.mark.parametrize(("columns", "other"), [(1, "runs/" + "a" * 90), (3, "runs/" + "a" * 90), (6, "simplenorm")])
+def test_names_stay_whole_and_lines_within_the_terminal(columns: int, other: str) -> None:
+    """Beside a whole path in a wide table a name may break, so that no number is cut off."""
+    rows = ((name, *[NUMBER] * columns) for name in ("prenorm_qknorm", other))
     head = ("strategy", *(f"loss minus somebody's, {n}" for n in range(columns)))
     console = Console(file=io.StringIO(), width=80)
     console.print(rich_grids("A study", [Grid(title="Losses", head=head, rows=tuple(rows), words=1)], []))
@@ -23,3 +23,14 @@ def test_names_stay_whole_and_lines_within_the_terminal(columns: int) -> None:
     assert "prenorm_qknorm" in shown
     assert "1.2345" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("columns", range(1, 10))
+@pytest.mark.parametrize("name", ["simplenorm", "runs/" + "a" * 90])
+def test_nothing_of_a_number_is_cut_off(columns: int, name: str) -> None:
+    """Of a wide table every sign is there, however it is broken."""
+    rows = ((name, "words " * 6, *[Stacked("9" * 4, "9" * 12)] * columns),)
+    head = ("strategy", "at", *(["batch"] * columns))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(rich_grids("A study", [Grid(title="Losses", head=head, rows=rows, words=2)], []))
+    assert console.file.getvalue().count("9") == 16 * columns
