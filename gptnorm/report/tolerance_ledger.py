@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,10 +45,10 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     evaluated = [str(name) for name in asked.get("evaluate", ())]
     mapped = [text_name(dict(place)[TEXT]) for _, place, _ in trials if TEXT in dict(place)]
     names = short_names([*mapped, *evaluated])
-    order = {as_pairs(place): index for index, place in enumerate(asked.get("places", ()))}
+    asked_places = [as_pairs(place) for place in asked.get("places", ())]
     return ToleranceStudy(
         about=about,
-        places=_places(trials, raw, about, order, stability, names),
+        places=_places(trials, raw, about, asked_places, stability, names),
         baseline=str(asked["baseline"]),
         pick=_pick(asked),
         seeds=about.seeds,
@@ -60,9 +60,25 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         tune={key: list(values) for key, values in asked["tune"].items()},
         evaluated={name: names[name] for name in evaluated},
         complete=raw.get("complete", True) is True,
-        wanted_places=max(1, len(order)),
+        wanted_places=max(1, len(asked_places)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
     )
+
+
+def in_order(places: Iterable[Pairs], asked: Sequence[Pairs]) -> list[Pairs]:
+    """By their settings, the first first: numbers by size, anything else as it was first asked for.
+
+    A study grows by places, so the order in which they were asked for says when somebody had time for them.
+    """
+    words = list(dict.fromkeys(pair for place in asked for pair in place if finite(pair[1]) is None))
+
+    def rank(pair: tuple[str, Any]) -> tuple[float, str]:
+        number = finite(pair[1])
+        if number is None:
+            number = float(words.index(pair) if pair in words else len(words))
+        return number, str(pair[1])
+
+    return sorted(places, key=lambda place: [rank(pair) for pair in place])
 
 
 def short_names(texts: Sequence[str]) -> dict[str, str]:
@@ -90,12 +106,12 @@ def _places(
     trials: Trials,
     raw: Mapping[str, Any],
     about: About,
-    order: Mapping[Pairs, int],
+    asked: Sequence[Pairs],
     stability: Stability,
     names: Mapping[str, str],
 ) -> tuple[Place, ...]:
-    """Those where a run has ended, in the order in which they were asked for."""
-    found = dict.fromkeys(place for _, place, _ in trials)
+    """Those where a run has ended."""
+    found = in_order({place for _, place, _ in trials}, asked)
     common = set.intersection(*map(set, found)) if len(found) > 1 else set()
     return tuple(
         Place(
@@ -114,7 +130,7 @@ def _places(
             baseline=str(raw["tolerance"]["baseline"]),
             entropy=finite(text_of(raw, dict(place)).get("unigram_entropy")),
         )
-        for place in sorted(found, key=lambda place: order.get(place, len(order)))
+        for place in found
     )
 
 

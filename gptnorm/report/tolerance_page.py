@@ -81,7 +81,10 @@ def _overview(study: ToleranceStudy) -> list[Markup]:
         page.figure(svg, f"{what.capitalize()} against that of {study.baseline} at every place; numbers in the table.")
         for what, svg in place_panels(study)
     ]
-    note = f"Bars: 95 % intervals. Dotted: {study.baseline}. A hollow triangle: only this lower end is known."
+    note = (
+        f"Bars: 95 % intervals. Dotted: {study.baseline}. A line joins places that differ in one number alone. "
+        "A hollow triangle: only this lower end is known."
+    )
     drawn = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")] if panels else []
     over, *more = tables
     head = f"Against {study.baseline}, place by place" if study.others else "Place by place"

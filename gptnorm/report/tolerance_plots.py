@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from gptnorm.records import finite
 from gptnorm.report.curves import curves_of
 from gptnorm.report.figure import (
     INK,
@@ -300,13 +302,11 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str,
         if what == RATE:
             axes.set_yscale("log")
         axes.axhline(1.0 if what == RATE else 0.0, color=MUTED, linestyle=":", linewidth=1.5)
+        joined = [_a_line_joins(*pair) for pair in pairwise(study.places)]
         for index, name in enumerate(others):
             shift = 0.5 * (index - (len(others) - 1) / 2) / max(len(others), 3)
-            points = [(x + shift, value) for x, at_place in enumerate(values) if (value := at_place.get(name))]
-            how = look(study.about.strategies.index(name))
-            # Between words there is no way for a line to take.
-            ordered = not any(isinstance(value, str) for place in study.places for _, value in place.told)
-            _draw_points(axes, name, points, how if ordered else replace(how, dash="none"))
+            points = [(x + shift, at_place.get(name)) for x, at_place in enumerate(values)]
+            _draw_points(axes, name, points, joined, look(study.about.strategies.index(name)))
         if what == RATE:
             log_ticks(axes.yaxis)
         axes.set_xticks(range(len(names)), names, rotation=45 if steep else 0, ha="right" if steep else "center")
@@ -319,11 +319,28 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str,
         return to_svg(figure, prefix)
 
 
-def _draw_points(axes: Axes, name: str, points: Sequence[tuple[float, Estimate]], how: Look) -> None:
-    whole = [(x, found) for x, found in points if not (found.low is not None and found.high is None)]
+def _a_line_joins(place: Place, following: Place) -> bool:
+    """Whether places differ in one number alone, so that there is something between them."""
+    changed = [(a, b) for (_, a), (_, b) in zip(place.told, following.told, strict=True) if a != b]
+    return len(changed) == 1 and all(finite(value) is not None for value in changed[0])
+
+
+def _draw_points(
+    axes: Axes, name: str, points: Sequence[tuple[float, Estimate | None]], joined: Sequence[bool], how: Look
+) -> None:
+    """Each place's value with its interval; of one known from below only, a triangle at the lower end.
+
+    Args:
+        joined: between each two neighbours, whether a line is drawn.
+    """
+    lines: list[tuple[float, float]] = []
+    for (x, found), join in zip(points, [False, *joined], strict=True):
+        lower_end = found is not None and found.low is not None and found.high is None
+        if not join:
+            lines.append((np.nan, np.nan))
+        lines.append((x, np.nan if found is None or lower_end else found.value))
     axes.plot(
-        [x for x, _ in whole] or [np.nan],
-        [found.value for _, found in whole] or [np.nan],
+        *zip(*lines, strict=True),
         color=how.colour,
         linestyle=how.dash,
         linewidth=1.2,
@@ -331,9 +348,11 @@ def _draw_points(axes: Axes, name: str, points: Sequence[tuple[float, Estimate]]
         label=name,
     )
     for x, found in points:
-        if found.low is not None and found.high is not None:
+        if found is None or found.low is None:
+            continue
+        if found.high is not None:
             axes.plot([x, x], [found.low, found.high], color=how.colour, linewidth=1.5, marker="_", markersize=6)
-        elif found.low is not None:
+        else:
             axes.plot([x], [found.low], color=how.colour, marker="^", markersize=8, markerfacecolor="white")
 
 

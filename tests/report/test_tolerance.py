@@ -583,6 +583,23 @@ def test_many_places_stand_below_each_other(tmp_path: Path) -> None:
     assert numbers(row[1]) == pytest.approx([-0.1] * 3, abs=6e-5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([(64, 400), (32, 1600), (128, 400), (32, 400)], [(32, 400), (32, 1600), (64, 400), (128, 400)]),
+        ([(0.5, 2), (3, 10), (0.5, 1e1)], [(0.5, 2), (0.5, 1e1), (3, 10)]),
+        ([("z", 8), ("a", 8), ("z", 4), ("a", 16)], [("z", 4), ("z", 8), ("a", 8), ("a", 16)]),
+    ],
+)
+def test_a_grown_study_shows_places_in_order(tmp_path: Path, asked: list[tuple], expected: list[tuple]) -> None:
+    """Numbers by size, words as they were first asked for; a place that was not asked for is there, too."""
+    places = [dict(zip(("a.first", "b.second"), pair, strict=True)) for pair in asked]
+    lines = [entry for place in places[::-1] for entry in lines_of({"base": Bowl(4e-3)}, RATES[:4], [0], place=place)]
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, asked={"places": places[:3]})
+    found = load_tolerance(folder).places
+    assert [tuple(value for _, value in place.settings) for place in found] == expected
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 5, 9, 20, 40, 75, 107])
 def test_a_study_stopped_midway(tmp_path: Path, keep: int) -> None:
     lines = sorted(known_lines(), key=lambda entry: entry["seed"])[:keep]

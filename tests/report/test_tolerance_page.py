@@ -10,14 +10,16 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tolerance_folders import Bowl, line, lines_of, make_tolerance
 
 from gptnorm import cli
-from gptnorm.report import load_tolerance, markdown_tolerance
+from gptnorm.report import load_tolerance, markdown_tolerance, tolerance_plots
 from gptnorm.report.html import write_study_report
 from gptnorm.report.tolerance_ledger import short_names
-from gptnorm.report.tolerance_plots import loss_against_rate, rate_line, tolerance_bars
+from gptnorm.report.tolerance_plots import loss_against_rate, place_panels, rate_line, tolerance_bars
 from gptnorm.report.tolerance_table import grids
 
 EVIL = '<script>alert("x")</script>&amp;|[b]'
@@ -142,6 +144,33 @@ def test_places(tmp_path: Path) -> None:
     seen = text_of(raw)
     assert "At optim.weight_decay = 0.1, train.steps = 100" in seen
     assert "Speed-up over base: how many times fewer steps to its loss: optim.weight_decay = 0.1" in seen
+
+
+@pytest.mark.parametrize(
+    ("values", "stretches"),
+    [
+        ([(2, 5), (4, 5), (8, 5)], [[0, 1, 2]]),
+        ([(2, 5), (2, 10), (4, 5), (4, 10)], [[0, 1], [2, 3]]),
+        ([("a", 5), ("a", 10), ("b", 10)], [[0, 1], [2]]),
+        ([("a", 5), ("b", 5)], [[0], [1]]),
+    ],
+)
+def test_a_line_joins_places_that_differ_in_one_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[tuple], stretches: list[list[int]]
+) -> None:
+    places = [dict(zip(("x.first", "x.second"), pair, strict=True)) for pair in values]
+    bowls = {"base": Bowl(4e-3), "ours": Bowl(4e-3, bottom=1.9)}
+    lines = [entry for place in places for entry in lines_of(bowls, RATES[:4], range(3), place=place)]
+    folder = make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2], asked={"places": places})
+    figures: list[Figure] = []
+    monkeypatch.setattr(tolerance_plots, "to_svg", lambda figure, prefix: figures.append(figure) or "")
+    place_panels(load_tolerance(folder))
+    (figure,) = figures
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "ours"]
+    points = np.asarray(line.get_xydata())
+    parts = [part[1:] for part in np.split(points, np.flatnonzero(np.isnan(points[:, 0])))[1:]]
+    assert [np.round(part[:, 0]).astype(int).tolist() for part in parts] == stretches
+    assert np.isfinite(np.concatenate(parts)).all()
 
 
 def test_curves_are_thinned(tmp_path: Path) -> None:
