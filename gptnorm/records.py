@@ -6,7 +6,6 @@ Such a line is skipped; everything before it counts.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import tomllib
@@ -60,37 +59,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             rows.append(row)
-    return rows
-
-
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line without its end, as a kill
-    leaves it, is skipped.
-
-    Raises:
-        UserError: another line is no JSON object, lacks strategy, lr or seed, or has a loss that is no number.
-    """
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    with contextlib.suppress(ValueError):  # a whole line that lacks but its end counts
-        json.loads(cut)
-        lines.append(cut)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} cannot be read as a JSON object; mend it, or take it out")
-        lr, seed = finite(row.get("lr")), row.get("seed")
-        if not isinstance(row.get("strategy"), str) or lr is None or lr <= 0 or type(seed) is not int:
-            raise UserError(f"{path}: line {number} lacks strategy, lr or seed, or has a wrong one: {row!r}")
-        loss = row.get("val_loss")
-        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, int | float)):
-            raise UserError(f"{path}: line {number} has a val_loss that is no number: {loss!r}")
-        rows.append(row)
     return rows
 
 

@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import UserError
 from gptnorm.records import finite, read_object
 from gptnorm.report.optimum import Best, Stable, best_rate, largest_stable, mean_points, seed_points
 from gptnorm.report.results import Row, Study, load_study
 from gptnorm.statistics import sample_sd
+from gptnorm.study.schema import read_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +170,13 @@ def is_ladder(folder: str | Path) -> bool:
 def load_ladder(folder: str | Path) -> Ladder:
     """Reads a ladder's folder; one that was stopped midway gives a partial ladder.
 
-    Raises UserError where `study.json` is missing, cannot be read, or names no ladder.
+    Raises UserError where `study.json` is missing, wrong, or names no ladder.
     """
     folder = Path(folder)
-    path = folder / "study.json"
-    raw = read_object(path).get("ladder")
-    if not isinstance(raw, dict) or raw.get("axis") not in ("depth", "width"):
-        raise UserError(f"{path}: names no ladder")
-    sizes, rules = raw.get("sizes"), raw.get("rules") or [None]
-    if not isinstance(sizes, list) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise bad_value(f"{path}: ladder.sizes", sizes, "expected a list of whole numbers above 0")
-    sizes = sorted(sizes)
+    asked = read_facts(folder).get("ladder")
+    if asked is None:
+        raise UserError(f"{folder / 'study.json'}: names no ladder")
+    sizes, rules = sorted(asked["sizes"]), asked["rules"] or [None]
     grids = {(size, rule): load_study(folder, {"size": size, "rule": rule}) for rule in rules for size in sizes}
     first = next(iter(grids.values()))
     tracks = [
@@ -194,7 +191,7 @@ def load_ladder(folder: str | Path) -> Ladder:
     ]
     return Ladder(
         folder=folder,
-        axis=raw["axis"],
+        axis=asked["axis"],
         sizes=tuple(sizes),
         tracks=tuple(tracks),
         study=replace(first, cells=tuple(cell for grid in grids.values() for cell in grid.cells)),

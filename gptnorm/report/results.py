@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.records import finite, read_cells, read_object
+from gptnorm.records import finite
 from gptnorm.statistics import sample_sd
+from gptnorm.study.schema import Facts, read_cells, read_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,16 @@ class Cell:
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Cell:
-        """From a line of `gptnorm.records.read_cells`."""
-        parameters = finite(line.get("parameters"))
+        """From a line of `gptnorm.study.schema.read_cells`."""
         return cls(
-            strategy=str(line["strategy"]),
+            strategy=line["strategy"],
             lr=float(line["lr"]),
-            seed=int(line["seed"]),
-            status=str(line.get("status")),
-            val_loss=finite(line.get("val_loss")),
-            run=str(line.get("run") or ""),
+            seed=line["seed"],
+            status=line["status"],
+            val_loss=finite(line["val_loss"]),
+            run=line["run"],
             seconds=finite(line.get("seconds")),
-            parameters=None if parameters is None else int(parameters),
+            parameters=line.get("parameters"),
             signal=line.get("signal") or {},
         )
 
@@ -236,55 +236,39 @@ def load_study(folder: str | Path, rung: Mapping[str, Any] | None = None) -> Stu
     Args:
         rung: of a ladder, the fields that mark a rung's lines in the ledger; its grid is then the study.
 
-    Raises UserError where `study.json` is missing, cannot be read, names no grid, or is a ladder's and no rung is asked
-    for.
+    Raises UserError where `study.json` is missing or wrong, names no seed, or is a ladder's and no rung is asked for.
     """
     folder = Path(folder)
     path = folder / "study.json"
-    raw = read_object(path)
-    if "ladder" in raw and rung is None:
+    facts = read_facts(folder)
+    if facts.get("ladder") and rung is None:
         raise UserError(f"{path}: a ladder of models, not one grid")
-    about = read_about(folder, raw)
-    lrs = tuple(sorted(_learning_rate(value, path) for value in _grid(raw, "lrs", path)))
+    about = about_of(folder, facts)
+    lrs = tuple(sorted(float(lr) for lr in facts["lrs"]))
     if not about.seeds:
-        raise bad_value(f"{path}: seeds", [], "expected a list of at least one value, none twice")
+        raise bad_value(f"{path}: seeds", [], "must not be empty")
     cells, outside = _read_cells(folder / "cells.jsonl", about.strategies, lrs, about.seeds, rung or {})
     return Study(**vars(about), lrs=lrs, cells=cells, outside=outside)
 
 
-def read_about(folder: Path, raw: dict[str, Any]) -> About:
-    """What a `study.json` says, whatever the kind of the study; UserError where it names no strategies or seeds."""
-    path, settings = folder / "study.json", raw.get("settings") or {}
+def about_of(folder: Path, facts: Facts) -> About:
+    """What a `study.json` says, whatever the kind of the study."""
+    settings = facts["settings"]
     return About(
         folder=folder,
-        title=str(raw.get("title") or folder.resolve().name),
-        recipe=str(raw.get("recipe") or ""),
-        strategies=tuple(str(name) for name in _grid(raw, "strategies", path)),
-        seeds=tuple(int(seed) for seed in _grid(raw, "seeds", path, fewest=0)),
-        data=dict(raw.get("data") or {}),
-        texts={str(name): dict(text) for name, text in (raw.get("texts") or {}).items()},
-        shared=dict(settings.get("shared") or {}),
-        differing={key: dict(values) for key, values in (settings.get("differing") or {}).items()},
-        environments=tuple(dict(part) for part in raw.get("environments") or ()),
-        commands=tuple(map(str, raw.get("commands") or ())),
-        seconds=finite(raw.get("seconds")),
-        unigram_entropy=finite(raw.get("unigram_entropy")),
+        title=facts["title"] or folder.resolve().name,
+        recipe=facts["recipe"],
+        strategies=tuple(facts["strategies"]),
+        seeds=tuple(facts["seeds"]),
+        data=facts["data"],
+        texts=facts.get("texts", {}),
+        shared=settings["shared"],
+        differing=settings["differing"],
+        environments=tuple(facts["environments"]),
+        commands=tuple(facts["commands"]),
+        seconds=finite(facts["seconds"]),
+        unigram_entropy=finite(facts["unigram_entropy"]),
     )
-
-
-def _grid(raw: dict[str, Any], key: str, path: Path, fewest: int = 1) -> list[Any]:
-    """One axis of the grid: a list with at least so many members, none twice."""
-    values = raw.get(key)
-    if not isinstance(values, list) or len(values) < fewest or len(set(values)) != len(values):
-        raise bad_value(f"{path}: {key}", values, "expected a list of at least one value, none twice")
-    return values
-
-
-def _learning_rate(value: object, path: Path) -> float:
-    lr = finite(value)
-    if lr is None or lr <= 0:
-        raise bad_value(f"{path}: lrs", value, "expected finite learning rates above 0")
-    return lr
 
 
 def _read_cells(

@@ -8,13 +8,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError
-from gptnorm.records import finite, read_cells, read_object
-from gptnorm.report.results import About, Cell, read_about
+from gptnorm.records import finite, read_object
+from gptnorm.report.results import About, Cell, about_of
 from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.track import Track, Trial
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
-from gptnorm.study.ledger import refuse_half_a_study, text_of
+from gptnorm.study.ledger import text_of
 from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.schema import Facts, read_cells, read_facts
 from gptnorm.study.search import Search
 
 Trials = dict[tuple[str, Pairs, Pairs], dict[str, Trial]]
@@ -30,36 +31,34 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     """Read a study folder, complete or not.
 
     Raises:
-        UserError: `study.json` is missing, cannot be read, or is another kind of study's.
+        UserError: `study.json` is missing, wrong, or another kind of study's.
     """
     folder = Path(folder)
-    path = folder / "study.json"
-    raw = read_object(path)
-    asked = raw.get("tolerance")
-    if not isinstance(asked, dict):
-        raise UserError(f"{path}: no tolerance study")
-    about = read_about(folder, raw)
-    refuse_half_a_study(asked, path)
+    facts = read_facts(folder)
+    asked = facts.get("tolerance")
+    if asked is None:
+        raise UserError(f"{folder / 'study.json'}: no tolerance study")
+    about = about_of(folder, facts)
     stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
-    trials = _read_trials(folder / "cells.jsonl", raw, stability)
-    evaluated = [str(name) for name in asked.get("evaluate", ())]
+    trials = _read_trials(folder / "cells.jsonl", facts, stability)
+    evaluated = asked.get("evaluate", [])
     mapped = [text_name(dict(place)[TEXT]) for _, place, _ in trials if TEXT in dict(place)]
     names = short_names([*mapped, *evaluated])
-    asked_places = [as_pairs(place) for place in asked.get("places", ())]
+    asked_places = [as_pairs(place) for place in asked["places"]]
     return ToleranceStudy(
         about=about,
-        places=_places(trials, raw, about, asked_places, stability, names),
-        baseline=str(asked["baseline"]),
-        pick=_pick(asked),
+        places=_places(trials, facts, about, asked_places, stability, names),
+        baseline=asked["baseline"],
+        pick=tuple(asked["pick"]),
         seeds=about.seeds,
-        grid=_grid(raw),
+        grid=_grid(facts),
         epsilon=float(asked["epsilon"]),
         follows_rates=asked["report"] in ("all", "near"),
         search=Search(**asked["search"]),
         stability=stability,
-        tune={key: list(values) for key, values in asked["tune"].items()},
+        tune=asked["tune"],
         evaluated={name: names[name] for name in evaluated},
-        complete=raw.get("complete", True) is True,
+        complete=facts.get("complete", True),
         wanted_places=max(1, len(asked_places)),
         cells=tuple(trial.cell for found in trials.values() for trial in found.values()),
     )
@@ -104,7 +103,7 @@ def _tail(text: str, parts: int, *, bare: bool) -> str:
 
 def _places(
     trials: Trials,
-    raw: Mapping[str, Any],
+    facts: Facts,
     about: About,
     asked: Sequence[Pairs],
     stability: Stability,
@@ -122,40 +121,40 @@ def _places(
                 if (key, value) not in common
             ),
             tracks=tuple(
-                _track(key, tuple(trials[key].values()), raw, about, stability)
+                _track(key, tuple(trials[key].values()), facts, about, stability)
                 for name in about.strategies
                 for key in trials
                 if key[0] == name and key[1] == place
             ),
-            baseline=str(raw["tolerance"]["baseline"]),
-            entropy=finite(text_of(raw, dict(place)).get("unigram_entropy")),
+            baseline=facts["tolerance"]["baseline"],
+            entropy=finite(text_of(facts, dict(place)).get("unigram_entropy")),
         )
         for place in found
     )
 
 
 def _track(
-    key: tuple[str, Pairs, Pairs], trials: tuple[Trial, ...], raw: Mapping[str, Any], about: About, stability: Stability
+    key: tuple[str, Pairs, Pairs], trials: tuple[Trial, ...], facts: Facts, about: About, stability: Stability
 ) -> Track:
     strategy, place, variant = key
     settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
     steps, *batch = (finite(settings.get(f"train.{key}")) for key in ("steps", "batch_size", "seq_len"))
     step_tokens = None if None in batch else math.prod(number for number in batch if number is not None)
     # The loss of a model that knows nothing.
-    vocab = finite(text_of(raw, dict(place)).get("vocab"))
-    pick = _pick(raw["tolerance"])
+    vocab = finite(text_of(facts, dict(place)).get("vocab"))
+    pick = tuple(facts["tolerance"]["pick"])
     width = finite(settings.get("model.d_model"))
     return Track(
         strategy=strategy,
         place=place,
         variant=variant,
-        tuned={key: dict(variant).get(key, settings.get(key)) for key in raw["tolerance"]["tune"]},
+        tuned={key: dict(variant).get(key, settings.get(key)) for key in facts["tolerance"]["tune"]},
         width=None if width is None else int(width),
         trials=trials,
         pick=pick,
         seeds=about.seeds or pick,
-        grid=_grid(raw),
-        epsilon=float(raw["tolerance"]["epsilon"]),
+        grid=_grid(facts),
+        epsilon=float(facts["tolerance"]["epsilon"]),
         worse=stability.worse,
         cap=math.log(vocab) if vocab else None,
         steps=None if steps is None else int(steps),
@@ -163,39 +162,31 @@ def _track(
     )
 
 
-def _read_trials(path: Path, raw: Mapping[str, Any], stability: Stability) -> Trials:
+def _read_trials(path: Path, facts: Facts, stability: Stability) -> Trials:
     found: Trials = {}
     for line in read_cells(path):
-        try:
-            entropy = finite(text_of(raw, line.get("place") or {}).get("unigram_entropy"))
-            trial = _read_trial(line, stability, entropy)
-            key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
-        except (AttributeError, TypeError, ValueError):
-            raise UserError(f"{path}: a line is none of a tolerance study: {line!r}") from None
+        entropy = finite(text_of(facts, line.get("place", {})).get("unigram_entropy"))
+        trial = _read_trial(line, stability, entropy)
+        key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
         found.setdefault(key, {})[trial.cell.run] = trial
     return found
 
 
 def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
     cell = Cell.read(line)
-    spikes = int(line.get("spikes") or 0)
     blocks = [finite(value) for value in line.get("nonlinearity") or ()]
     values = [value for value in blocks if value is not None]
     return Trial(
         cell=cell,
         point=point_of(line, stability, entropy),
         tail=finite(line.get("tail_loss")),
-        spikes=spikes,
+        spikes=line.get("spikes", 0),
         nonlinearity=sum(values) / len(values) if values and len(values) == len(blocks) else None,
         memory=finite(line.get("memory")),
         flops=finite(line.get("flops")),
-        elsewhere={str(name): finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
+        elsewhere={name: finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
     )
 
 
-def _grid(raw: Mapping[str, Any]) -> tuple[float, ...]:
-    return tuple(sorted(float(lr) for lr in raw["lrs"]))
-
-
-def _pick(asked: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(seed) for seed in asked["pick"])
+def _grid(facts: Facts) -> tuple[float, ...]:
+    return tuple(sorted(float(lr) for lr in facts["lrs"]))

@@ -52,8 +52,8 @@ def text_name(path: str | Sequence[str]) -> str:
 
 
 def hashable(value: Any) -> Any:
-    """A setting's value, a list of them as a tuple."""
-    return tuple(value) if isinstance(value, list) else value
+    """A setting's value, lists as tuples."""
+    return tuple(map(hashable, value)) if isinstance(value, list) else value
 
 
 def as_pairs(settings: Mapping[str, Any] | None) -> Pairs:

@@ -9,7 +9,8 @@ from gptnorm.config import Config
 from gptnorm.recipe import HOW, Recipe, to_tree
 from gptnorm.study.cell import TEXT
 from gptnorm.study.ladder import SETS
-from gptnorm.study.ledger import Facts, split
+from gptnorm.study.ledger import split
+from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, describe_texts
 from gptnorm.tables import flatten
 

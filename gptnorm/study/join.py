@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.records import read_cells
-from gptnorm.study.ledger import Facts, Ledger, OtherStudy, differences, joined, read_facts
+from gptnorm.study.ledger import Ledger, OtherStudy, differences, facts_to_grow, joined
+from gptnorm.study.schema import Facts, read_cells
 
 Part = tuple[int, int]
 """K of N, from 1."""
@@ -49,7 +49,7 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     for part in parts:
         if part.resolve() == folder.resolve():
             raise UserError(f"{part}: is joined into itself")
-    found = [(part, facts := read_facts(part), _lines_of(part, facts, folder)) for part in parts]
+    found = [(part, facts := facts_to_grow(part), _lines_of(part, facts, folder)) for part in parts]
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
@@ -85,7 +85,7 @@ def _lines_of(part: Path, facts: Facts, folder: Path) -> list[dict[str, Any]]:
         UserError: a line names an environment that there is not, or a run that would be copied out of `folder`.
     """
     path, environments = part / "cells.jsonl", len(facts["environments"])
-    lines = {line["run"]: line for line in read_cells(path) if isinstance(line.get("run"), str)}
+    lines = {line["run"]: line for line in read_cells(path)}
     for run, line in lines.items():
         if line.get("environment", 0) not in range(environments):
             raise UserError(f"{path}: names an environment that study.json lacks: {line['environment']!r}")

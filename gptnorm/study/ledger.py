@@ -20,22 +20,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
-from gptnorm.records import read_cells, read_object
 from gptnorm.study.cell import TEXT, text_name
-from gptnorm.study.config import Report
-from gptnorm.study.outcome import Stability
-from gptnorm.study.search import Search
+from gptnorm.study.schema import Facts, read_cells, read_facts
 from gptnorm.tables import flatten
-
-Facts = dict[str, Any]
-"""study.json."""
 
 UNIONS = ("strategies", "lrs", "seeds", "commands", "environments")
 
@@ -128,10 +122,10 @@ class Ledger:
 
     def _read(self) -> None:
         if (self.folder / "study.json").is_file():
-            self.earlier = read_facts(self.folder)
+            self.earlier = facts_to_grow(self.folder)
             lines = read_cells(self.folder / "cells.jsonl")
             _end_the_last_line(self.folder / "cells.jsonl")
-            self.done = {line["run"]: line for line in lines if isinstance(line.get("run"), str)}
+            self.done = {line["run"]: line for line in lines}
         elif any(path.name not in self._beside for path in self.folder.iterdir()):
             raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
 
@@ -145,28 +139,12 @@ class Ledger:
                 folder.rmdir()
 
 
-def read_facts(folder: Path) -> Facts:
-    """A folder's study.json; UserError if it is not there, or lacks what a study goes on with."""
-    facts = read_object(folder / "study.json")
-    if not _is_whole(facts):
-        raise bad_value("--dir", str(folder), "its study.json lacks what is needed to go on; name another")
-    if "tolerance" in facts:
-        refuse_half_a_study(facts["tolerance"], folder / "study.json")
+def facts_to_grow(folder: Path) -> Facts:
+    """A folder's study.json; UserError if it is not there, is a wrong one, or a study that cannot go on."""
+    facts = read_facts(folder)
+    if "recipe" not in facts["settings"]:
+        raise bad_value("--dir", str(folder), "its study.json does not say what its recipe said; name another")
     return facts
-
-
-def refuse_half_a_study(asked: Mapping[str, Any], path: Path) -> None:
-    """UserError where the table "tolerance" of a study.json lacks something, or has it of another kind."""
-    try:
-        Search(**asked["search"])
-        Stability(**{key: float(value) for key, value in asked["stability"].items()})
-        whole = float(asked["epsilon"]) > 0 and asked["report"] in get_args(Report)
-        whole = whole and bool(asked["pick"]) and all(type(seed) is int for seed in asked["pick"])
-        whole = whole and isinstance(asked["baseline"], str) and isinstance(asked["tune"], dict)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: its table 'tolerance' lacks something, or has a wrong value")
 
 
 def refuse_another(earlier: Facts, facts: Facts, folder: Path) -> None:
@@ -274,19 +252,6 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
 def _maps_texts(facts: Facts) -> bool:
     """Whether each place has a text of its own."""
     return any(TEXT in place for place in facts.get("tolerance", {}).get("places", ()))
-
-
-def _is_whole(facts: Facts) -> bool:
-    """Whether what `begin` compares and joins is there."""
-    settings, data, ladder, tolerance = (facts.get(key, {}) for key in ("settings", "data", "ladder", "tolerance"))
-    return (
-        all(isinstance(facts.get(key), list) for key in UNIONS)
-        and {"title", "recipe", "seconds"} <= facts.keys()
-        and all(isinstance(table, dict) for table in (settings, data, ladder, tolerance))
-        and isinstance(tolerance.get("tune", {}), dict)
-        and all(isinstance(settings.get(key), dict) for key in ("shared", "differing", "recipe"))
-        and "fingerprint" in data
-    )
 
 
 def _union_of_axes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -63,7 +63,7 @@ class Stability:
 
 
 def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:
-    """A line of the ledger as a point of a curve; KeyError, TypeError or ValueError where it has no rate."""
+    """A line of the ledger as a point of a curve."""
     loss = finite(line.get("val_loss")) if line.get("status") == "finished" else None
     training = Training(tail=finite(line.get("tail_loss")), lowest=finite(line.get("lowest_loss")), spikes=0)
     return Point(float(line["lr"]), loss, stability.holds(loss, training, entropy))

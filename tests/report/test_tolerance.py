@@ -513,7 +513,7 @@ def test_a_rate_that_not_all_reported_seeds_have_is_not_in_the_table_of_losses(t
 def test_a_loss_that_is_no_number_is_refused(tmp_path: Path) -> None:
     lines = lines_of({"base": Bowl(4e-3)}, RATES, range(6))
     lines[3]["val_loss"] = "2.0"
-    with pytest.raises(UserError, match=r"line 4 has a val_loss that is no number: '2\.0'"):
+    with pytest.raises(UserError, match=r"line 4: val_loss = '2\.0': must be a number"):
         load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
 
 

@@ -22,6 +22,7 @@ from gptnorm.report.tolerance_ledger import short_names
 from gptnorm.report.tolerance_plots import loss_against_rate, place_panels, rate_line, tolerance_bars
 from gptnorm.report.tolerance_table import grids
 
+TOKENS = {"train_tokens": 9, "val_tokens": 9}
 EVIL = '<script>alert("x")</script>&amp;|[b]'
 RATES = tuple(1e-3 * 2**k for k in range(8))
 BOWLS = {
@@ -116,7 +117,7 @@ def test_lean_studies(tmp_path: Path, bare: str) -> None:
     lines = lines_of({"a": bowls["a"]} if bare == "one strategy" else bowls, rates, range(3))
     changes: dict[str, object] = {}
     if bare == "no vocabulary":
-        changes["data"] = {}
+        changes["data"] = {**TOKENS, "fingerprint": "f00d"}
     if bare == "no entropy":
         changes["unigram_entropy"] = None
     if bare == "all seeds fail at best":
@@ -229,8 +230,8 @@ def elsewhere_folder(path: Path, places: list[str]) -> Path:
         more = {"place": {"data.path": place}} if place else {}
         lines.append(line(name, lr, seed, loss, elsewhere={"deep/a.txt": loss, "b": other}, **more))
     texts = {
-        "deep/a.txt": {"fingerprint": "f", "vocab": 256, "unigram_entropy": 5.0, "trained": True},
-        "b": {"fingerprint": "g", "vocab": 16, "unigram_entropy": 1.95, "trained": bool(places[0])},
+        "deep/a.txt": {**TOKENS, "fingerprint": "f", "vocab": 256, "unigram_entropy": 5.0, "trained": True},
+        "b": {**TOKENS, "fingerprint": "g", "vocab": 16, "unigram_entropy": 1.95, "trained": bool(places[0])},
     }
     return make_tolerance(
         path,

@@ -153,7 +153,7 @@ def test_a_study_that_lacks_something_is_not_continued(study, tmp_path, lost):
     facts = json.loads((folder / "study.json").read_text())
     del facts[lost]
     (folder / "study.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="lacks what is needed to go on"):
+    with pytest.raises(UserError, match=rf"study\.json: {lost}: is missing$"):
         ask(study, folder, "study.seeds=[4]")
 
 
@@ -195,8 +195,8 @@ def test_a_last_line_without_its_end_counts(study, tmp_path):
     [
         ("{half", "line 2 cannot be read"),
         ("[1]", "line 2 cannot be read"),
-        ('{"run": "a", "strategy": "prenorm", "lr": "abc", "seed": 3}', "line 2 lacks strategy, lr or seed"),
-        ('{"run": "a", "strategy": "prenorm", "lr": 0.1}', "line 2 lacks strategy, lr or seed"),
+        ('{"run": "a", "strategy": "prenorm", "lr": "abc", "seed": 3}', "line 2: lr = 'abc': must be a number"),
+        ('{"run": "a", "strategy": "prenorm", "lr": 0.1}', "line 2: seed: is missing"),
     ],
 )
 def test_a_damaged_line_is_named_and_nothing_is_made(study, tmp_path, wrong, words):

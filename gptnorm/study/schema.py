@@ -1,0 +1,215 @@
+"""What `study.json` and `cells.jsonl` must hold, checked before anything of them is used.
+
+Folders are shared, joined and mended by hand, so each may be another's, half a one or a wrong one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from gptnorm.errors import UserError
+from gptnorm.records import read_object
+from gptnorm.study.cell import TEXT
+from gptnorm.study.config import Report
+from gptnorm.study.outcome import Stability
+from gptnorm.study.search import Search
+from gptnorm.typed import read_table
+
+Facts = dict[str, Any]
+"""study.json."""
+
+T = TypeVar("T")
+
+# More than is known here may stand in a study.json.
+LENIENT = ConfigDict(extra="ignore")
+
+
+def _without_repeats(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) != len(values):
+        raise PydanticCustomError("repeats", "must not hold a value twice")
+    return values
+
+
+def _setting(value: Any) -> Any:
+    """A number, text, or a list of them, however deep."""
+    if isinstance(value, Mapping):
+        raise PydanticCustomError("table", "must be no table")
+    return tuple(map(_setting, value)) if isinstance(value, list | tuple) else value
+
+
+def _place(settings: dict[str, Any]) -> dict[str, Any]:
+    text = settings.get(TEXT, "")
+    if not all(isinstance(path, str) for path in ([text] if not isinstance(text, tuple) else text)):
+        raise PydanticCustomError("text", f"must name texts by their paths in {TEXT}")
+    return settings
+
+
+def _numbers(table: Any) -> Any:
+    """Those that JSON has no sign for stand as text."""
+    if not isinstance(table, dict):
+        return table
+    return {key: float(value) if value in ("inf", "-inf") else value for key, value in table.items()}
+
+
+Setting = Annotated[Any, AfterValidator(_setting)]
+Place = Annotated[dict[str, Setting], AfterValidator(_place)]
+Axis = Annotated[tuple[T, ...], AfterValidator(_without_repeats)]
+Some = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_without_repeats)]
+Seed = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(gt=0)]
+Number = float | None
+"""None: missing, or not finite."""
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Text:
+    """What a study trains or is evaluated on."""
+
+    fingerprint: str
+    train_tokens: int
+    val_tokens: int
+    vocab: Annotated[int, Field(ge=2)] | None = None
+    unigram_entropy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Settings:
+    """By dotted key: those that all strategies share, and of the others the value of each strategy."""
+
+    shared: dict[str, Any]
+    differing: dict[str, dict[str, Any]]
+    recipe: dict[str, Any] | None = None
+    """What the recipe and the command say; none: the study was made before it was written down, and cannot grow."""
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Ladder:
+    """What is asked of a grid over sizes."""
+
+    axis: Literal["depth", "width"]
+    sizes: Some[Size]
+    rules: Axis[str]
+    settings: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Tolerance:
+    """What is asked of a tolerance study beyond strategies, rates and seeds."""
+
+    pick: Some[Seed]
+    report: Report
+    baseline: str
+    epsilon: Annotated[float, Field(gt=0)]
+    tune: dict[str, tuple[Setting, ...]]
+    places: tuple[Place, ...]
+    search: Search
+    stability: Annotated[Stability, BeforeValidator(_numbers)]
+    evaluate: Axis[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class StudyFile:
+    """`study.json`."""
+
+    title: str
+    recipe: str
+    commands: tuple[str, ...]
+    strategies: Some[str]
+    lrs: Some[Rate]
+    seeds: Axis[Seed]
+    data: Text
+    settings: Settings
+    environments: tuple[dict[str, Any], ...]
+    unigram_entropy: float | None
+    seconds: float | None
+    texts: dict[str, Text] = Field(default_factory=dict)
+    complete: bool = True
+    ladder: Ladder | None = None
+    tolerance: Tolerance | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Signal:
+    """`gptnorm.study.signal`: a number for each block, one for the model."""
+
+    grad: Annotated[tuple[Number, ...], Field(min_length=1)]
+    cosine: Annotated[tuple[Number, ...], Field(min_length=1)]
+    token_cosine: Number
+
+
+@dataclass(frozen=True, kw_only=True, config=LENIENT)
+class Line:
+    """A run that has ended, as `gptnorm.study.cell` and `gptnorm.study.aftermath` write it."""
+
+    strategy: str
+    lr: Rate
+    seed: Seed
+    status: str
+    val_loss: Number
+    run: str
+    seconds: Number = None
+    parameters: int | None = None
+    environment: int = 0
+    place: Place = Field(default_factory=dict)
+    variant: Place = Field(default_factory=dict)
+    tail_loss: Number = None
+    lowest_loss: Number = None
+    spikes: int = 0
+    nonlinearity: tuple[Number, ...] | None = None
+    elsewhere: dict[str, Number] | None = None
+    signal: dict[str, Signal | None] | None = None
+    flops: Number = None
+    memory: Number = None
+
+
+def read_facts(folder: Path) -> Facts:
+    """A folder's `study.json`.
+
+    Raises:
+        UserError: it is missing, no JSON object, lacks a key, or holds a wrong value, which is named.
+    """
+    path = folder / "study.json"
+    facts = read_object(path)
+    try:
+        read_table(StudyFile, facts)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return facts
+
+
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line without its end, as a kill
+    leaves it, is skipped.
+
+    Raises:
+        UserError: another line is no JSON object, lacks a key, or holds a wrong value, which is named.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    with contextlib.suppress(ValueError):  # a whole line that lacks but its end counts
+        json.loads(cut)
+        lines.append(cut)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} cannot be read as a JSON object; mend it, or take it out")
+        try:
+            read_table(Line, row)
+        except UserError as error:
+            raise UserError(f"{path}: line {number}: {error}") from None
+        rows.append(row)
+    return rows
