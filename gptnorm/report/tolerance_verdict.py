@@ -6,6 +6,7 @@ Every sentence is computed from the data and plain text; whoever shows it escape
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from gptnorm.report.estimates import difference_text, ratio_text, side
 from gptnorm.report.format import loss_text, lr_text, names_text, plural
@@ -231,25 +232,29 @@ def _against_of_many(study: ToleranceStudy) -> list[str]:
     pairs = [place.pairs(tuned=False) for place in study.places]
     for name in study.others[:MOST_NAMED]:
         found = [at_place[name] for at_place in pairs if name in at_place]
-        losses = [side(pair.difference) for pair in found]
-        says = f"Against {study.baseline}, {name} has {_counted(losses, 'a lower loss', 'a higher one', -1)}"
+        losses = [pair.difference for pair in found]
+        says = f"Against {study.baseline}, {name} has {_counted(losses, 0.0, 'a lower loss', 'a higher one', -1)}"
         if study.follows_rates:
-            rates = [side(pair.edge_ratio, 1.0) for pair in found]
-            says += f", and tolerates {_counted(rates, 'a higher learning rate', 'a lower one', 1)}"
+            rates = [pair.edge_ratio for pair in found]
+            says += f", and tolerates {_counted(rates, 1.0, 'a higher learning rate', 'a lower one', 1)}"
         sentences.append(f"{says}.")
     if len(study.others) > MOST_NAMED:
         sentences.append("The tables say it of the others.")
     return sentences
 
 
-def _counted(sides: list[int | None], good: str, bad: str, sign: int) -> str:
-    """ "a lower loss at 2 of 3 places (at 1 it cannot be told)"."""
-    known = Counter(sides)
-    unsure = known[0] + known[None]
-    text = f"{good} at {known[sign]} of {plural(len(sides), 'place')}"
+def _counted(found: Sequence[Estimate | None], zero: float, good: str, bad: str, sign: int) -> str:
+    """ "a lower loss at 2 of 4 places (at 1 it cannot be told, at 1 nothing can be compared)"."""
+    known = Counter(side(value, zero) for value in found)
+    missing = sum(value is None for value in found)
+    unsure = known[0] + known[None] - missing
+    text = f"{good} at {known[sign]} of {plural(len(found), 'place')}"
     if known[-sign]:
         text += f", {bad} at {known[-sign]}"
-    return text + (f" (at {unsure} it cannot be told)" if unsure else "")
+    asides = [f"at {unsure} it cannot be told"] * bool(unsure) + [f"at {missing} nothing can be compared"] * bool(
+        missing
+    )
+    return text + (f" ({', '.join(asides)})" if asides else "")
 
 
 def _difference(found: Estimate) -> str:

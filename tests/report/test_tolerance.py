@@ -413,6 +413,23 @@ def test_what_survives_tuning(tmp_path: Path) -> None:
     assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
 
 
+def test_places_are_counted_apart(tmp_path: Path) -> None:
+    """Lower, higher, either, without ours: each place is one of the four."""
+    places = [{"train.steps": steps} for steps in (100, 200, 300, 400)]
+    ours = [Bowl(4e-3, bottom=1.9), Bowl(4e-3, bottom=2.1), Bowl(4e-3, noise=0.1), Bowl(4e-3, edge=0.0)]
+    lines = [
+        entry
+        for place, bowl in zip(places, ours, strict=True)
+        for entry in lines_of({"base": Bowl(4e-3), "ours": bowl}, RATES, range(4), place=place)
+    ]
+    asked = {"places": places, "report": "neighbours"}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked))
+    assert answer(study)[1] == (
+        "Against base, ours has a lower loss at 1 of 4 places, a higher one at 1 (at 1 it cannot be told, at 1 nothing "
+        "can be compared)."
+    )
+
+
 def test_a_tuned_value_at_an_end_of_those_tried_is_marked(tmp_path: Path) -> None:
     """With the width 512 "twin" is 0.04: of base the middle is best, of ours the highest, of theirs a decay of 0."""
     settings = {"init.std": "twin", "model.d_model": 512, "optim.weight_decay": 0.1, "options.qk_norm": "none"}
