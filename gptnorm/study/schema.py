@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from gptnorm.errors import UserError
 from gptnorm.records import read_object
-from gptnorm.study.cell import TEXT
+from gptnorm.study.cell import TEXT, hashable
 from gptnorm.study.config import Report
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
@@ -28,7 +27,7 @@ Facts = dict[str, Any]
 
 T = TypeVar("T")
 
-# More than is known here may stand in a study.json.
+# More than is known here may stand in either file.
 LENIENT = ConfigDict(extra="ignore")
 
 
@@ -40,14 +39,17 @@ def _without_repeats(values: tuple[T, ...]) -> tuple[T, ...]:
 
 def _setting(value: Any) -> Any:
     """A number, text, or a list of them, however deep."""
-    if isinstance(value, Mapping):
-        raise PydanticCustomError("table", "must be no table")
-    return tuple(map(_setting, value)) if isinstance(value, list | tuple) else value
+    found = hashable(value)
+    try:
+        hash(found)
+    except TypeError:
+        raise PydanticCustomError("table", "must be a number, text, true or false, or a list of them") from None
+    return found
 
 
 def _place(settings: dict[str, Any]) -> dict[str, Any]:
     text = settings.get(TEXT, "")
-    if not all(isinstance(path, str) for path in ([text] if not isinstance(text, tuple) else text)):
+    if not all(isinstance(path, str) for path in (text if isinstance(text, tuple) else [text])):
         raise PydanticCustomError("text", f"must name texts by their paths in {TEXT}")
     return settings
 
