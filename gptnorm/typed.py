@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -107,8 +107,8 @@ def _locate(loc: tuple[int | str, ...], table: dict[str, Any], cls: Any) -> tupl
 
 def _table_type(owner: Any, name: str) -> Any:
     """The dataclass of a nested table."""
-    default = next((f.default for f in dataclasses.fields(owner) if f.name == name), None)
-    return type(default) if dataclasses.is_dataclass(default) else None
+    hint = get_type_hints(owner).get(name)
+    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)), None)
 
 
 def _want(error: ErrorDetails) -> str:

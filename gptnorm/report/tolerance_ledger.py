@@ -14,7 +14,7 @@ from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.track import Track, Trial
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
 from gptnorm.study.ledger import text_of
-from gptnorm.study.outcome import Stability, point_of
+from gptnorm.study.outcome import Stability, from_json, point_of
 from gptnorm.study.schema import Facts, read_cells, read_facts
 from gptnorm.study.search import Search
 
@@ -39,7 +39,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
     if asked is None:
         raise UserError(f"{folder / 'study.json'}: no tolerance study")
     about = about_of(folder, facts)
-    stability = Stability(**{key: float(value) for key, value in asked["stability"].items()})
+    stability = Stability(**from_json(asked["stability"]))
     trials = _read_trials(folder / "cells.jsonl", facts, stability)
     evaluated = asked.get("evaluate", [])
     mapped = [text_name(dict(place)[TEXT]) for _, place, _ in trials if TEXT in dict(place)]
@@ -65,17 +65,17 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
 
 
 def in_order(places: Iterable[Pairs], asked: Sequence[Pairs]) -> list[Pairs]:
-    """By their settings, the first first: numbers by size, anything else as it was first asked for.
+    """By their settings, the first first: numbers by size, then anything else as it was first asked for.
 
     A study grows by places, so the order in which they were asked for says when somebody had time for them.
     """
     words = list(dict.fromkeys(pair for place in asked for pair in place if finite(pair[1]) is None))
 
-    def rank(pair: tuple[str, Any]) -> tuple[float, str]:
+    def rank(pair: tuple[str, Any]) -> tuple[bool, float, str]:
         number = finite(pair[1])
-        if number is None:
-            number = float(words.index(pair) if pair in words else len(words))
-        return number, str(pair[1])
+        if number is not None:
+            return False, number, ""
+        return True, words.index(pair) if pair in words else len(words), str(pair[1])
 
     return sorted(places, key=lambda place: [rank(pair) for pair in place])
 
@@ -163,11 +163,15 @@ def _track(
 
 
 def _read_trials(path: Path, facts: Facts, stability: Stability) -> Trials:
+    """UserError where a run is at no place of this study."""
     found: Trials = {}
+    mapped = sorted(next(iter(facts["tolerance"]["places"]), ()))
     for line in read_cells(path):
         entropy = finite(text_of(facts, line.get("place", {})).get("unigram_entropy"))
         trial = _read_trial(line, stability, entropy)
         key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
+        if [name for name, _ in key[1]] != mapped:
+            raise UserError(f"{path}: the place of {trial.cell.run} sets other things than study.json maps: {mapped}")
         found.setdefault(key, {})[trial.cell.run] = trial
     return found
 

@@ -82,7 +82,7 @@ def _overview(study: ToleranceStudy) -> list[Markup]:
         for what, svg in place_panels(study)
     ]
     note = (
-        f"Bars: 95 % intervals. Dotted: {study.baseline}. A line joins places that differ in one number alone. "
+        f"Bars: 95 % intervals. Dotted: {study.baseline}. A line joins neighbours that differ in one number alone. "
         "A hollow triangle: only this lower end is known."
     )
     drawn = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")] if panels else []

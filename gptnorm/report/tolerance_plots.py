@@ -331,7 +331,7 @@ def _draw_points(
     """Each place's value with its interval; of one known from below only, a triangle at the lower end.
 
     Args:
-        joined: between each two neighbours, whether a line is drawn.
+        joined: between each two neighbours, whether a line is drawn; there is none to or from one without a value.
     """
     lines: list[tuple[float, float]] = []
     for (x, found), join in zip(points, [False, *joined], strict=True):

@@ -251,9 +251,8 @@ def _counted(found: Sequence[Estimate | None], zero: float, good: str, bad: str,
     text = f"{good} at {known[sign]} of {plural(len(found), 'place')}"
     if known[-sign]:
         text += f", {bad} at {known[-sign]}"
-    asides = [f"at {unsure} it cannot be told"] * bool(unsure) + [f"at {missing} nothing can be compared"] * bool(
-        missing
-    )
+    counts = ((unsure, "it cannot be told"), (missing, "nothing can be compared"))
+    asides = [f"at {count} {words}" for count, words in counts if count]
     return text + (f" ({', '.join(asides)})" if asides else "")
 
 

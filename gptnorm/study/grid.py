@@ -17,8 +17,8 @@ from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig, read_table_of, refuse_other_ladders
 from gptnorm.study.join import Part
 from gptnorm.study.ladder import SETS, Axis, Rung, depth_rungs, width_rungs
-from gptnorm.study.ledger import Facts
 from gptnorm.study.run import Entropy, Lines
+from gptnorm.study.schema import Facts
 
 
 @dataclass(frozen=True)

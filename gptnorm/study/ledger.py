@@ -175,7 +175,7 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
         found["tolerance"] = {
             **now,
             "tune": _union_of_axes(before["tune"], now["tune"]),
-            "places": _union(before.get("places", []), now["places"]),
+            "places": _union(before["places"], now["places"]),
         }
     if texts := {**earlier.get("texts", {}), **facts.get("texts", {})}:
         found["texts"] = texts
@@ -212,8 +212,8 @@ def text_of(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Mapping[st
     where nothing is known of it."""
     path = settings.get(TEXT)
     if path is not None:
-        return (facts.get("texts") or {}).get(text_name(path)) or {}
-    return {**(facts.get("data") or {}), "unigram_entropy": facts.get("unigram_entropy")}
+        return facts.get("texts", {}).get(text_name(path), {})
+    return {**facts["data"], "unigram_entropy": facts["unigram_entropy"]}
 
 
 def differences(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,18 @@ class Stability:
         if entropy is not None and loss > entropy - self.margin:
             return False
         return training.tail <= training.lowest + self.rise
+
+
+def to_json(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no sign for as text."""
+    return {key: value if math.isfinite(value) else str(value) for key, value in table.items()}
+
+
+def from_json(table: Any) -> Any:
+    """What `to_json` wrote; anything else as it is."""
+    if not isinstance(table, dict):
+        return table
+    return {key: float(value) if value in ("inf", "-inf") else value for key, value in table.items()}
 
 
 def point_of(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Point:

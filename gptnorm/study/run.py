@@ -19,8 +19,9 @@ from gptnorm.study.cell import Cell
 from gptnorm.study.config import StudyConfig, said_keys
 from gptnorm.study.facts import describe_study
 from gptnorm.study.join import Part, part_name
-from gptnorm.study.ledger import Facts, Ledger, text_of
+from gptnorm.study.ledger import Ledger, text_of
 from gptnorm.study.pool import Outcome, run_cells
+from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, naming, prepare_texts
 from gptnorm.study.workers import workers_for
 from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device

@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from gptnorm.config import Count, Positive, PositiveFloat
 from gptnorm.errors import UserError
 from gptnorm.records import read_object
 from gptnorm.study.cell import TEXT, hashable
 from gptnorm.study.config import Report
-from gptnorm.study.outcome import Stability
+from gptnorm.study.ladder import Axis
+from gptnorm.study.outcome import Stability, from_json
 from gptnorm.study.search import Search
 from gptnorm.typed import read_table
 
@@ -27,7 +29,10 @@ Facts = dict[str, Any]
 
 T = TypeVar("T")
 
-# More than is known here may stand in either file.
+LEFT_OUT: Any = None
+"""Of a table that need not be there; null in its stead is an error."""
+
+# More than is known here may stand in either file, but for the tables that are settings: `search` and `stability`.
 LENIENT = ConfigDict(extra="ignore")
 
 
@@ -38,12 +43,12 @@ def _without_repeats(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def _setting(value: Any) -> Any:
-    """A number, text, or a list of them, however deep."""
+    """Anything but a table, or a list with one."""
     found = hashable(value)
     try:
         hash(found)
     except TypeError:
-        raise PydanticCustomError("table", "must be a number, text, true or false, or a list of them") from None
+        raise PydanticCustomError("table", "must hold no table") from None
     return found
 
 
@@ -54,20 +59,16 @@ def _place(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _numbers(table: Any) -> Any:
-    """Those that JSON has no sign for stand as text."""
-    if not isinstance(table, dict):
-        return table
-    return {key: float(value) if value in ("inf", "-inf") else value for key, value in table.items()}
+def _alike(places: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    if any(place.keys() != places[0].keys() for place in places):
+        raise PydanticCustomError("places", "must set the same in each")
+    return places
 
 
 Setting = Annotated[Any, AfterValidator(_setting)]
 Place = Annotated[dict[str, Setting], AfterValidator(_place)]
-Axis = Annotated[tuple[T, ...], AfterValidator(_without_repeats)]
+Distinct = Annotated[tuple[T, ...], AfterValidator(_without_repeats)]
 Some = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_without_repeats)]
-Seed = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[int, Field(gt=0)]
 Number = float | None
 """None: missing, or not finite."""
 
@@ -89,17 +90,17 @@ class Settings:
 
     shared: dict[str, Any]
     differing: dict[str, dict[str, Any]]
-    recipe: dict[str, Any] | None = None
-    """What the recipe and the command say; none: the study was made before it was written down, and cannot grow."""
+    recipe: dict[str, Any] = LEFT_OUT
+    """What the recipe and the command say; left out: the study was made before it was written down, and cannot grow."""
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
 class Ladder:
     """What is asked of a grid over sizes."""
 
-    axis: Literal["depth", "width"]
-    sizes: Some[Size]
-    rules: Axis[str]
+    axis: Axis
+    sizes: Some[Positive]
+    rules: Distinct[str]
     settings: dict[str, dict[str, Any]]
 
 
@@ -107,15 +108,15 @@ class Ladder:
 class Tolerance:
     """What is asked of a tolerance study beyond strategies, rates and seeds."""
 
-    pick: Some[Seed]
+    pick: Some[Count]
     report: Report
     baseline: str
-    epsilon: Annotated[float, Field(gt=0)]
+    epsilon: PositiveFloat
     tune: dict[str, tuple[Setting, ...]]
-    places: tuple[Place, ...]
+    places: Annotated[tuple[Place, ...], AfterValidator(_alike)]
     search: Search
-    stability: Annotated[Stability, BeforeValidator(_numbers)]
-    evaluate: Axis[str] = ()
+    stability: Annotated[Stability, BeforeValidator(from_json)]
+    evaluate: Distinct[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
@@ -126,8 +127,8 @@ class StudyFile:
     recipe: str
     commands: tuple[str, ...]
     strategies: Some[str]
-    lrs: Some[Rate]
-    seeds: Axis[Seed]
+    lrs: Some[PositiveFloat]
+    seeds: Distinct[Count]
     data: Text
     settings: Settings
     environments: tuple[dict[str, Any], ...]
@@ -135,8 +136,8 @@ class StudyFile:
     seconds: float | None
     texts: dict[str, Text] = Field(default_factory=dict)
     complete: bool = True
-    ladder: Ladder | None = None
-    tolerance: Tolerance | None = None
+    ladder: Ladder = LEFT_OUT
+    tolerance: Tolerance = LEFT_OUT
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
@@ -153,8 +154,8 @@ class Line:
     """A run that has ended, as `gptnorm.study.cell` and `gptnorm.study.aftermath` write it."""
 
     strategy: str
-    lr: Rate
-    seed: Seed
+    lr: PositiveFloat
+    seed: Count
     status: str
     val_loss: Number
     run: str

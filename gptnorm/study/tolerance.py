@@ -7,8 +7,6 @@ Which runs it makes is `gptnorm.study.planner`'s, what is read off them `gptnorm
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,11 +25,11 @@ from gptnorm.study.config import (
 from gptnorm.study.grid import SET_BY_STUDY, shared_overrides
 from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
-from gptnorm.study.ledger import Facts
 from gptnorm.study.measures import Point
-from gptnorm.study.outcome import point_of
+from gptnorm.study.outcome import from_json, point_of, to_json
 from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Entropy, Lines
+from gptnorm.study.schema import Facts
 from gptnorm.study.search import CLOSEST
 
 
@@ -88,7 +86,9 @@ class Tolerance:
             if key in before and key not in said:
                 grown[key] = hashable(before[key])
         for key in ("search", "stability"):
-            kept = {leaf: value for leaf, value in _read(before.get(key, {})).items() if f"{key}.{leaf}" not in said}
+            kept = {
+                leaf: value for leaf, value in from_json(before.get(key, {})).items() if f"{key}.{leaf}" not in said
+            }
             grown[key] = replace(getattr(study, key), **kept)
         grown["seeds"] = tuple(seed for seed in grown["seeds"] if seed not in study.pick)
         return self.checked(replace(study, **grown))
@@ -134,7 +134,7 @@ class TolerancePlan:
                 "places": [dict(place) for place in self._places if place],
                 "evaluate": list(study.evaluate),
                 "search": asdict(study.search),
-                "stability": _written(asdict(study.stability)),
+                "stability": to_json(asdict(study.stability)),
             }
         }
 
@@ -194,13 +194,3 @@ class TolerancePlan:
         model = self._recipe.resolve(self._shared, strategy=strategy).model
         sizes = sizes_at(width, model, key)
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
-
-
-def _read(table: Mapping[str, Any]) -> dict[str, Any]:
-    """What `_written` wrote."""
-    return {key: float(value) if isinstance(value, str) else value for key, value in table.items()}
-
-
-def _written(table: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON has no sign for as text."""
-    return {key: value if math.isfinite(value) else str(value) for key, value in table.items()}

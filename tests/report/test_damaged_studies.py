@@ -16,6 +16,7 @@ from tolerance_folders import Bowl, lines_of, make_tolerance
 
 from gptnorm.errors import UserError
 from gptnorm.report import markdown_study
+from gptnorm.study.ledger import differences, facts_to_grow, joined
 
 GONE = object()
 JUNK = [GONE, None, 3, -1.5, 0, True, "x", "", [], [[]], [{}], {}, {"a": 3}, {"a": {"b": []}}]
@@ -78,6 +79,38 @@ def test_any_damage_is_one_line(tmp_path: Path, make: Any, file: str) -> None:
     assert tried / 4 < len(refused) < tried
 
 
+@pytest.mark.parametrize("make", [make_grid, make_rungs, make_places])
+def test_what_is_damaged_is_not_joined_either(tmp_path: Path, make: Any) -> None:
+    """Nor gone on with: it is refused in one line, differs, or joins the undamaged one."""
+    folder = make(tmp_path / "study")
+    path = folder / "study.json"
+    whole = json.loads(path.read_text())
+    whole["settings"]["recipe"] = {"train.steps": 6}
+    refused, grown = [], 0
+    for at, junk in itertools.product(paths(whole), JUNK):
+        path.write_text(json.dumps(damaged(whole, at, junk)))
+        try:
+            facts = facts_to_grow(folder)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        for pair in ((facts, whole), (whole, facts)):
+            assert list(differences(*pair)) or joined(*pair)
+        grown += 1
+    assert not [told for told in refused if "\n" in told or str(folder) not in told]
+    assert min(len(refused), grown) > 50
+
+
+def test_a_run_at_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
+    """As one is that lost its "place" where a ledger was mended by hand."""
+    folder = make_places(tmp_path / "study")
+    first, *rest = (folder / "cells.jsonl").read_text().splitlines()
+    without = json.dumps(damaged(json.loads(first), ("place",), GONE))
+    (folder / "cells.jsonl").write_text("\n".join([without, *rest, ""]))
+    with pytest.raises(UserError, match=r"cells\.jsonl: the place of cells/\S+ sets other things than study\.json"):
+        markdown_study(folder)
+
+
 @pytest.mark.parametrize(
     ("at", "junk", "told"),
     [
@@ -89,6 +122,17 @@ def test_any_damage_is_one_line(tmp_path: Path, make: Any, file: str) -> None:
         (("seeds",), [1, 1], "seeds = [1, 1]: must not hold a value twice"),
         (("lrs", 0), 0.0, "lrs = 0.0: must be greater than 0"),
         (("data", "vocab"), -1, "data.vocab = -1: must be at least 2"),
+        (("tolerance",), None, "tolerance = None: must be a table; write its keys as tolerance.KEY"),
+        (
+            ("settings", "recipe"),
+            None,
+            "settings.recipe = None: must be a table; write its keys as settings.recipe.KEY",
+        ),
+        (
+            ("tolerance", "search", "far"),
+            2,
+            "tolerance.search.far: unknown key; tolerance.search has optimum, edge, reach",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, at: tuple[Any, ...], junk: Any, told: str) -> None:

@@ -606,10 +606,11 @@ def test_many_places_stand_below_each_other(tmp_path: Path) -> None:
         ([(64, 400), (32, 1600), (128, 400), (32, 400)], [(32, 400), (32, 1600), (64, 400), (128, 400)]),
         ([(0.5, 2), (3, 10), (0.5, 1e1)], [(0.5, 2), (0.5, 1e1), (3, 10)]),
         ([("z", 8), ("a", 8), ("z", 4), ("a", 16)], [("z", 4), ("z", 8), ("a", 8), ("a", 16)]),
+        ([("twin", 1), (0.5, 1), ("b", 1), (0.02, 1)], [(0.02, 1), (0.5, 1), ("twin", 1), ("b", 1)]),
     ],
 )
 def test_a_grown_study_shows_places_in_order(tmp_path: Path, asked: list[tuple], expected: list[tuple]) -> None:
-    """Numbers by size, words as they were first asked for; a place that was not asked for is there, too."""
+    """Numbers by size, then words as they were first asked for; a place that was not asked for is there, too."""
     places = [dict(zip(("a.first", "b.second"), pair, strict=True)) for pair in asked]
     lines = [entry for place in places[::-1] for entry in lines_of({"base": Bowl(4e-3)}, RATES[:4], [0], place=place)]
     folder = make_tolerance(tmp_path, lines, lrs=RATES, asked={"places": places[:3]})
