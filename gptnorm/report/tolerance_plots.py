@@ -270,17 +270,21 @@ def _draw_bar(axes: Axes, row: int, track: Track, how: Look, limits: tuple[float
 def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     """(what, SVG) pairs: every strategy against the baseline over places; none for fewer than two.
 
-    Loss minus the baseline's, that on every other text, and the ratio of the edges, with their intervals. Only a lower
-    end: a triangle there.
+    Loss minus the baseline's, as strategies come and tuned, that on every other text, and the ratio of the edges, with
+    their intervals. Only a lower end: a triangle there.
     """
     if len(study.places) < 2:
         return []
-    pairs = [place.pairs(tuned=False) for place in study.places]
 
-    def over_places(value: Callable[[Pair], Estimate | None]) -> list[dict[str, Estimate | None]]:
+    def over_places(
+        value: Callable[[Pair], Estimate | None], *, tuned: bool = False
+    ) -> list[dict[str, Estimate | None]]:
+        pairs = [place.pairs(tuned=tuned) for place in study.places]
         return [{name: value(pair) for name, pair in at_place.items()} for at_place in pairs]
 
     found = [("loss", over_places(lambda pair: pair.difference))]
+    if study.tune:
+        found.append(("loss, both tuned", over_places(lambda pair: pair.difference, tuned=True)))
     for text, name in study.evaluated.items():
         found.append((f"loss on {name}", over_places(lambda pair, text=text: pair.difference_on(text))))
     if study.follows_rates:
@@ -313,7 +317,8 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str,
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_xlabel(", ".join(study.heads))
         title = f"{RATE} over {base}'s" if what == RATE else what.replace("loss", f"loss minus {base}'s", 1)
-        axes.set_title(title, fontsize=10)
+        # A panel is narrow; a line of its own for what is said after a comma.
+        axes.set_title(title.replace(", ", "\n"), fontsize=10)
         axes.set_ylabel("times" if what == RATE else "nats per token")
         legend_below(figure, axes)
         return to_svg(figure, prefix)

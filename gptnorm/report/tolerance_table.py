@@ -64,6 +64,9 @@ def overview_grids(study: ToleranceStudy) -> list[Grid]:
     pairs = [place.pairs(tuned=False) for place in study.places]
     base = study.baseline
     found = [_over_places(study, f"Loss minus {base}'s, each at its own best rate", pairs, _difference)]
+    if study.tune:
+        title = f"Loss minus {base}'s, with {', '.join(study.tune)} tuned for both"
+        found.append(_over_places(study, title, [place.pairs(tuned=True) for place in study.places], _difference))
     if study.follows_rates and any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
         title = f"Largest stable rate over {base}'s"
         found.append(_over_places(study, title, pairs, _edge_ratio))

@@ -229,7 +229,7 @@ def _lowest_of_many(study: ToleranceStudy) -> list[str]:
 
 def _against_of_many(study: ToleranceStudy) -> list[str]:
     sentences = []
-    pairs = [place.pairs(tuned=False) for place in study.places]
+    pairs, tuned = ([place.pairs(tuned=which) for place in study.places] for which in (False, True))
     for name in study.others[:MOST_NAMED]:
         found = [at_place[name] for at_place in pairs if name in at_place]
         losses = [pair.difference for pair in found]
@@ -238,6 +238,10 @@ def _against_of_many(study: ToleranceStudy) -> list[str]:
             rates = [pair.edge_ratio for pair in found]
             says += f", and tolerates {_counted(rates, 1.0, 'a higher learning rate', 'a lower one', 1)}"
         sentences.append(f"{says}.")
+        if study.tune:
+            losses = [at_place[name].difference for at_place in tuned if name in at_place]
+            count = _counted(losses, 0.0, "a lower loss", "a higher one", -1)
+            sentences.append(f"With {names_text(list(study.tune))} tuned for both it has {count}.")
     if len(study.others) > MOST_NAMED:
         sentences.append("The tables say it of the others.")
     return sentences

@@ -411,6 +411,9 @@ def test_what_survives_tuning(tmp_path: Path) -> None:
     assert text.startswith(f"**{title}**\n\n| strategy | train.steps = 100 | train.steps = 200 |")
     assert answer(study)[0].endswith("ours at 2 of 2 places.")
     assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
+    assert answer(study)[2] == "With init.std tuned for both it has a lower loss at 2 of 2 places."
+    row = row_of(text, "Loss minus base's, with init.std tuned for both", "ours")
+    assert [numbers(entry)[0] for entry in row[1:]] == pytest.approx([-0.02, -0.02])
 
 
 def test_places_are_counted_apart(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_places(tmp_path: Path) -> None:
     }
     raw = write_study_report(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked)).read_text()
     check(raw)
-    assert raw.count("<figure>") == 2 + 4 * 2
+    assert raw.count("<figure>") == 3 + 4 * 2, "loss, loss with both tuned, edges; two at each place"
     seen = text_of(raw)
     assert "At optim.weight_decay = 0.1, train.steps = 100" in seen
     assert "Speed-up over base: how many times fewer steps to its loss: optim.weight_decay = 0.1" in seen
