@@ -7,27 +7,28 @@ crosses, `kept`, from the rate that is best on the mean of all seeds, $\eta^*$, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from gptnorm.report.format import value_text
 from gptnorm.report.results import About, Cell
 from gptnorm.report.track import Track
-from gptnorm.report.tuning import open_ends
+from gptnorm.report.tuning import Tuned, tuned
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
     Estimate,
     Kept,
-    chosen,
     kept,
     paired_difference,
     rate_ratio,
 )
 from gptnorm.study.outcome import Stability
 from gptnorm.study.search import Search
+
+HowMany = Literal["all", "some", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class Place:
     tracks: tuple[Track, ...]
     """Every strategy with every setting that was tried."""
     baseline: str
+    shortlist: float
+    """`study.shortlist`, nats."""
     entropy: float | None
     """Unigram entropy of its text, in nats."""
 
@@ -103,20 +106,15 @@ class Place:
         return {track.strategy: track for track in self.tracks if not track.variant}
 
     @cached_property
-    def tuned(self) -> dict[str, Track]:
-        """Each strategy with the setting that was best on the picking seeds."""
-        found: dict[str, Track] = {}
-        for strategy in dict.fromkeys(track.strategy for track in self.tracks):
-            # As it comes first: of equals that is chosen.
-            mine = sorted((t for t in self.tracks if t.strategy == strategy), key=lambda track: bool(track.variant))
-            index = chosen({i: track.picked for i, track in enumerate(mine)})
-            track = mine[index or 0]
-            found[strategy] = replace(track, open_ends=open_ends(track, mine))
-        return found
+    def tuned(self) -> dict[str, Tuned]:
+        """Each strategy with the best of its settings."""
+        names = dict.fromkeys(track.strategy for track in self.tracks)
+        tried = {name: [track for track in self.tracks if track.strategy == name] for name in names}
+        return {name: tuned(tracks, self.shortlist) for name, tracks in tried.items()}
 
     def pairs(self, *, tuned: bool) -> dict[str, Pair]:
         """Every other strategy against the baseline, both as they come or both tuned."""
-        tracks = self.tuned if tuned else self.own
+        tracks: Mapping[str, Track] = self.tuned if tuned else self.own
         theirs = tracks.get(self.baseline)
         return {
             name: Pair(ours=track, theirs=theirs)
@@ -142,6 +140,8 @@ class ToleranceStudy:
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
+    shortlist: float
+    """`study.shortlist`, nats."""
     evaluated: Mapping[str, str]
     """Texts that every run was evaluated on beside its own, each with the name that it is shown by."""
     complete: bool
@@ -156,11 +156,16 @@ class ToleranceStudy:
         return not self.seeds
 
     @property
-    def crossing(self) -> Literal["all", "some", "none"]:
+    def crossing(self) -> HowMany:
         """Of which tracks each seed stands at the rate that all others pick, so that intervals hold the error of it."""
-        own = [track for place in self.places for track in (*place.own.values(), *place.tuned.values()) if track.best]
-        crossed = sum(track.crossed for track in own)
-        return "none" if not crossed else "all" if crossed == len(own) else "some"
+        tracks = [track for place in self.places for track in (*place.own.values(), *place.tuned.values())]
+        return _how_many(track.crossed for track in tracks if track.best)
+
+    @property
+    def tuned_by_others(self) -> HowMany:
+        """Of which strategies each seed has the setting that all others pick."""
+        tracks = [track for place in self.places for track in place.tuned.values()]
+        return _how_many(track.by_others for track in tracks if track.best)
 
     @property
     def mapped(self) -> tuple[str, ...]:
@@ -207,6 +212,11 @@ class ToleranceStudy:
         return any(len(place.own) < len(self.about.strategies) for place in self.places) or any(
             not track.picked or (track.best is not None and track.ended < len(track.seeds)) for track in tracks
         )
+
+
+def _how_many(found: Iterable[bool]) -> HowMany:
+    values = list(found)
+    return "none" if not any(values) else "all" if all(values) else "some"
 
 
 def _loss_of(track: Track) -> float:

@@ -57,6 +57,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         search=Search(**asked["search"]),
         stability=stability,
         tune=asked["tune"],
+        shortlist=float(asked["shortlist"]),
         evaluated={name: names[name] for name in evaluated},
         complete=facts.get("complete", True),
         wanted_places=max(1, len(asked_places)),
@@ -127,6 +128,7 @@ def _places(
                 if key[0] == name and key[1] == place
             ),
             baseline=facts["tolerance"]["baseline"],
+            shortlist=float(facts["tolerance"]["shortlist"]),
             entropy=finite(text_of(facts, dict(place)).get("unigram_entropy")),
         )
         for place in found

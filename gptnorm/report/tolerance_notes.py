@@ -113,6 +113,25 @@ def _few(study: ToleranceStudy) -> list[str]:
     return [f"Few seeds: {seeds} make intervals wide; five or more are better."] if 1 < seeds < 5 else []
 
 
+def _tuning(study: ToleranceStudy) -> str:
+    pick = seeds_text(study.pick)
+    picked = f"that of the lowest loss on {pick}"
+    pooled = "that of the lowest mean loss over all seeds; each reported seed has that which is best on all others"
+    alone = "no interval holds the error of that choice"
+    told = {
+        "all": f"{pooled}.",
+        "some": f"{pooled}; where not all seeds tried it, {picked}, and {alone}.",
+        "none": f"{picked}; {alone}.",
+    }[study.tuned_by_others]
+    return f"Tuned: the chosen setting, as it comes among them, is {told}"
+
+
+def shortlist_text(study: ToleranceStudy) -> str:
+    """Which settings the reported seeds tried."""
+    first = f"the best on {seeds_text(study.pick)}"
+    return f"those less than {study.shortlist:g} nats above {first}" if study.shortlist else first
+
+
 def _sensitive(study: ToleranceStudy) -> str:
     tracks = [track for place in study.places for track in place.own.values() if track.sensitivity]
     reported = sum(track.sensitivity_reported for track in tracks)
@@ -164,8 +183,7 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
         "what it returns, mean over blocks; 0 is an affine map.",
         "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",
-        "chosen setting": "Tuned: every strategy with that of its settings, its own included, that is best on the "
-        "picking seeds; no interval holds the error of that choice.",
+        "chosen setting": _tuning(study),
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
         ON_EACH: "On each text: mean loss over at most as many validation windows as of the own text, of the model as "

@@ -16,9 +16,11 @@ from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import LINE, notes
 from gptnorm.report.tolerance_verdict import answer
 from gptnorm.report.track import Track
+from gptnorm.report.tuning import Tuned
 from gptnorm.study.measures import Estimate, Point, mean_of, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"
+REPORTED = "Every setting that was reported, each at its own best rate"
 CURVE = "Loss at every rate that all reported seeds tried"
 MOST_CURVES = 8
 """Strategies in its table; more would not be readable."""
@@ -195,13 +197,29 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
         rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)
         title = _title(f"Against {base}, as they come and with {what} tuned for both", place)
         found.append(Grid(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
-    return [*found, _settings(study, place)]
+    return [*found, *_reported(study, place), _settings(study, place)]
 
 
-def _chosen(track: Track) -> str:
-    """ "init.std = 0.05 (edge: optim.weight_decay)"."""
+def _chosen(track: Tuned) -> str:
+    """ "init.std = 0.05 (4 of 5 seeds; edge: optim.weight_decay)"."""
     ends = ", ".join(key for key, _ in track.open_ends)
-    return f"{track.setting} ({EDGE}: {ends})" if ends else track.setting
+    some = "" if track.same == len(track.seeds) else f"{track.same} of {len(track.seeds)} seeds"
+    asides = "; ".join(filter(None, (some, f"{EDGE}: {ends}" if ends else "")))
+    return f"{track.setting} ({asides})" if asides else track.setting
+
+
+def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
+    """Settings on the reported seeds, where more are known than as it comes and that chosen; rows: settings; columns:
+    strategies."""
+    names = [name for name in study.about.strategies if name in place.own]
+    tracks = [track for track in place.tracks if track.ended]
+    if all(not track.variant or track.variant == place.tuned[track.strategy].variant for track in tracks):
+        return []
+    entries: dict[str, dict[str, Entry]] = {}
+    for track in tracks:
+        entries.setdefault(track.setting, {})[track.strategy] = _loss_and_rate(track)
+    rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in entries.items())
+    return [Grid(title=_title(REPORTED, place), head=("setting", *names), rows=rows, words=1)]
 
 
 def _settings(study: ToleranceStudy, place: Place) -> Grid:
@@ -330,9 +348,9 @@ def _at_end(track: Track | None) -> bool:
     return track is not None and track.at_end
 
 
-def _gain(before: Track | None, after: Track | None) -> Estimate | None:
+def _gain(before: Track | None, after: Tuned | None) -> Estimate | None:
     """Of what another setting than its own is best for, with no seed that failed."""
-    if before is None or after is None or before.variant == after.variant or before.failed or after.failed:
+    if before is None or after is None or after.as_it_comes or before.failed or after.failed:
         return None
     return paired_difference(after.losses, before.losses)
 

@@ -12,7 +12,7 @@ from gptnorm.report.estimates import difference_text, ratio_text, side
 from gptnorm.report.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.scaling_table import scaling_answer
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
-from gptnorm.report.tolerance_notes import partial_notes, seeds_text
+from gptnorm.report.tolerance_notes import partial_notes, seeds_text, shortlist_text
 from gptnorm.report.track import End, Track
 from gptnorm.study.measures import Estimate
 
@@ -82,10 +82,7 @@ def caveats(study: ToleranceStudy) -> list[str]:
             f"Where the best is the lowest or highest {what} tried, it is no optimum, and no comparison is fair."
         )
     if study.tune and not study.screening:
-        found.append(
-            f"What is tuned beside the rate was chosen on {seeds_text(study.pick)} alone, and no interval holds the "
-            "error of that choice."
-        )
+        found += _tuning_caveats(study)
     found.append(
         f"A best rate is known to about a factor {study.search.optimum:g}, an edge to a factor {study.search.edge:g}. "
         "What counts as stable is a choice; the tables say which."
@@ -101,6 +98,21 @@ def caveats(study: ToleranceStudy) -> list[str]:
         "Tolerance can change with model size, data, length of training and batch size; this study shows it for the "
         "settings above only."
     )
+    return found
+
+
+def _tuning_caveats(study: ToleranceStudy) -> list[str]:
+    found = []
+    if study.tuned_by_others != "none":
+        found.append(
+            "Each reported seed has the setting that all other seeds pick, of those that all tried: the strategy as it "
+            f"comes, and {shortlist_text(study)}. That a better one was left out no interval holds."
+        )
+    if study.tuned_by_others != "all":
+        where = "Where not all seeds tried the chosen setting, it" if found else "What is tuned beside the rate"
+        found.append(
+            f"{where} was chosen on {seeds_text(study.pick)} alone, and no interval holds the error of that choice."
+        )
     return found
 
 

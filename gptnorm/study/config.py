@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from gptnorm.config import STRICT, Count, Positive, PositiveFloat, WidthRuleName
+from gptnorm.config import STRICT, Count, NonNegativeFloat, Positive, PositiveFloat, WidthRuleName
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe, parse_overrides
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, hashable
@@ -88,6 +88,10 @@ class ToleranceConfig(StudyConfig):
     """Nats above a strategy's own best loss up to which a rate counts as nearly as good."""
     tune: dict[str, Any] = field(default_factory=dict)
     """Settings tuned beside the rate, each with its values: every combination is tried for every strategy."""
+    shortlist: NonNegativeFloat = 0.0
+    """Nats above the lowest loss that the picking seeds find with any setting of `tune`: the settings less than that
+    above it are reported, too, and each reported seed stands at the one that all other seeds pick. 0: that of the
+    lowest loss and the strategy as it comes."""
     map: dict[str, Any] = field(default_factory=dict)
     """Settings with the values at which strategies are compared: every combination is a comparison of its own."""
     places: tuple[dict[str, Any], ...] = ()

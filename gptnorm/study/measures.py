@@ -356,6 +356,17 @@ T = TypeVar("T")
 
 def chosen(curves: Mapping[T, Sequence[Point]]) -> T | None:
     """That of the lowest loss at its best, of equals the first; None if nothing is stable."""
-    bests = {key: best_point(curve) for key, curve in curves.items()}
-    losses = {key: best.loss for key, best in bests.items() if best is not None and best.loss is not None}
+    losses = _best_losses(curves)
     return min(losses, key=lambda key: losses[key], default=None)
+
+
+def shortlisted(curves: Mapping[T, Sequence[Point]], within: float) -> list[T]:
+    """The chosen one, and those whose loss at their best is less than so many nats above its; empty if nothing is
+    stable."""
+    losses, first = _best_losses(curves), chosen(curves)
+    return [key for key, loss in losses.items() if key == first or loss < min(losses.values()) + within]
+
+
+def _best_losses(curves: Mapping[T, Sequence[Point]]) -> dict[T, float]:
+    bests = {key: best_point(curve) for key, curve in curves.items()}
+    return {key: best.loss for key, best in bests.items() if best is not None and best.loss is not None}

@@ -3,9 +3,10 @@
 For one strategy at one place (`Group`), by *curves* of runs over rates:
 
 1. Picking: the strategy as it comes is searched (`gptnorm.study.search`) on the seeds that pick, a point being their
-   mean; each other setting to be tuned likewise, but for its edge. The setting of lowest loss is chosen, and its edge
-   found. Edges are found where they are reported: with "all" and "near".
-2. Reporting: the strategy as it comes, and as it was chosen to be, on each reported seed, at the rates that
+   mean; each other setting to be tuned likewise, but for its edge. The setting of lowest loss is shortlisted, with
+   those less than `study.shortlist` above it, and their edges found. Edges are found where they are reported: with
+   "all" and "near".
+2. Reporting: the strategy as it comes, and with each setting of the shortlist, on each reported seed, at the rates that
    `study.report` names; then each seed's own edge is bracketed, or with "around" its own optimum.
 3. Where all seeds together find another best than those that pick, its neighbours are tried on all of them, too, until
    it is bracketed as closely; with "best" there is nothing to find.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 from gptnorm.study.cell import Setup
 from gptnorm.study.config import Report, ToleranceConfig
-from gptnorm.study.measures import Point, best_point, chosen, edge_of, picked_curve
+from gptnorm.study.measures import Point, best_point, edge_of, picked_curve, shortlisted
 from gptnorm.study.search import Seek, next_rates
 
 
@@ -71,7 +72,7 @@ def _wanted(group: Group, known: Known, study: ToleranceConfig, *, extra: bool) 
         asked = replay(of(setup, study.pick), first, study, seek)
         if not extra or asked.missing:
             return asked
-        # No extra is what the edge of the chosen setting took, and what all seeds have is `rates_of_all`'s to weigh.
+        # No extra is what the edge of a shortlisted setting took, and what all seeds have is `rates_of_all`'s to weigh.
         edge = replay(of(setup, study.pick), [point.lr for point in asked.curve], study, whole)
         common = set.intersection(*map(set, of(setup, study.seeds))) if study.seeds else set()
         return replay(of(setup, study.pick), first, study, seek, common | {point.lr for point in edge.curve})
@@ -86,11 +87,11 @@ def _wanted(group: Group, known: Known, study: ToleranceConfig, *, extra: bool) 
     wanted = [run for setup, found in curves.items() for run in missing_of(setup, found.missing, study.pick)]
     ready = [own] if not curves[own].missing else []
     if not wanted and others:
-        best = chosen({setup: found.curve for setup, found in curves.items()})
-        if best is not None and best != own:
-            curves[best] = picking(best, [point.lr for point in curves[best].curve], whole)
-            wanted += missing_of(best, curves[best].missing, study.pick)
-            ready += [best] if not curves[best].missing else []
+        for setup in shortlisted({setup: found.curve for setup, found in curves.items()}, study.shortlist):
+            if setup != own:
+                curves[setup] = picking(setup, [point.lr for point in curves[setup].curve], whole)
+                wanted += missing_of(setup, curves[setup].missing, study.pick)
+                ready += [setup] if not curves[setup].missing else []
     everyone = (*study.pick, *study.seeds)
     for setup in ready if study.seeds else ():
         rates = rates_of_all(curves[setup].curve, of(setup, everyone), study, extra=extra)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from gptnorm.config import Count, Positive, PositiveFloat
+from gptnorm.config import Count, NonNegativeFloat, Positive, PositiveFloat
 from gptnorm.errors import UserError
 from gptnorm.records import read_object
 from gptnorm.study.cell import TEXT, hashable
@@ -113,6 +113,7 @@ class Tolerance:
     baseline: str
     epsilon: PositiveFloat
     tune: dict[str, tuple[Setting, ...]]
+    shortlist: NonNegativeFloat
     places: Annotated[tuple[Place, ...], AfterValidator(_alike)]
     search: Search
     stability: Annotated[Stability, BeforeValidator(from_json)]

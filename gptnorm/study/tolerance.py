@@ -82,7 +82,7 @@ class Tolerance:
         # Those of the ledger and those asked for, written out: a map of both would have more.
         grown |= {"map": {}, "places": tuple(dict(place) for place in places)}
         # What neither recipe nor command says now stays as it was said.
-        for key in ("baseline", "epsilon", "report", "evaluate"):
+        for key in ("baseline", "epsilon", "report", "shortlist", "evaluate"):
             if key in before and key not in said:
                 grown[key] = hashable(before[key])
         for key in ("search", "stability"):
@@ -95,6 +95,11 @@ class Tolerance:
 
     def plan(self, recipe: Recipe, study: ToleranceConfig, overrides: tuple[str, ...]) -> TolerancePlan:
         """The study with its settings resolved; UserError where one is wrong."""
+        if study.shortlist and not study.tune:
+            raise bad_value("study.shortlist", study.shortlist, "needs study.tune: it is about the settings tuned")
+        if study.shortlist and study.report == "best":
+            allowed = "needs another study.report than 'best', or nothing is compared on all seeds"
+            raise bad_value("study.shortlist", study.shortlist, allowed)
         return TolerancePlan(recipe, study, overrides, self.part)
 
 
@@ -131,6 +136,7 @@ class TolerancePlan:
                 "baseline": study.baseline or study.strategies[0],
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
+                "shortlist": study.shortlist,
                 "places": [dict(place) for place in self._places if place],
                 "evaluate": list(study.evaluate),
                 "search": asdict(study.search),

@@ -101,6 +101,7 @@ def make_tolerance(
             "baseline": strategies[0],
             "epsilon": 0.05,
             "tune": {},
+            "shortlist": 0.0,
             "places": [],
             "search": {"optimum": 2.0, "edge": 1.5, "reach": 4},
             "stability": {"rise": 0.5, "margin": 0.1},

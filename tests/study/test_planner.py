@@ -62,11 +62,13 @@ def curve(ended, setup, seed):
     st.sampled_from([0.02, 0.1]),
     st.sampled_from([0.01, 0.03]),
     st.sampled_from([(OWN,), (OWN, TUNED, WORSE)]),
+    st.sampled_from([0.0, 0.21, 1.0]),
 )
-def test_neither_order_nor_kills_matter(number, report, pick, curve, noise, setups):
+def test_neither_order_nor_kills_matter(number, report, pick, curve, noise, setups, shortlist):
     """Steep curves and flat ones, on which every seed finds another best."""
     group = Group(strategy="a", setups=setups)
-    truth, asked = landscape(noise=noise, curve=curve, number=number), study(report=report, pick=pick)
+    truth = landscape(noise=noise, curve=curve, number=number)
+    asked = study(report=report, pick=pick, shortlist=shortlist)
     expected = carried_out(group, truth, asked)
     disturbed = carried_out(group, truth, asked, random.Random(number), random.Random(number + 1))
     assert disturbed == expected
@@ -156,6 +158,29 @@ def test_only_the_strategy_as_it_comes_and_the_chosen_setting_are_reported():
     assert all(edges[s].unstable / edges[s].stable <= asked.search.edge * 1.01 for s in (OWN, TUNED))
     ended = carried_out(Group(strategy="a", setups=(OWN, WORSE)), landscape(), asked)
     assert {run.setup for run in ended if run.seed in asked.seeds} == {OWN}
+
+
+@pytest.mark.parametrize("report", ["all", "near", "around", "neighbours"])
+@pytest.mark.parametrize(("shortlist", "reported"), [(0.1, {OWN, TUNED}), (0.5, {OWN, TUNED, WORSE})])
+def test_settings_near_the_best_are_reported(report, shortlist, reported):
+    """The tuned one lies 0.2 below the strategy as it comes, the worse one 0.4 above the tuned one."""
+    group, asked = Group(strategy="a", setups=(OWN, WORSE, TUNED)), study(report=report, shortlist=shortlist)
+    ended = carried_out(group, landscape(noise=0.003), asked)
+    assert {run.setup for run in ended if run.seed in asked.seeds} == reported
+    for setup in reported:
+        pooled = picked_curve([curve(ended, setup, seed) for seed in (0, *asked.seeds)], asked.stability.worse)
+        place = [point.lr for point in pooled].index(best_point(pooled).lr)
+        assert 0 < place < len(pooled) - 1, "each is known on all seeds on both sides of its best"
+
+
+def test_of_equals_that_as_it_comes_is_shortlisted():
+    """A setting that does nothing is not run on every seed."""
+
+    def truth(run):
+        return Point(run.lr, 2 + abs(math.log(run.lr / 8e-3)), True)
+
+    ended = carried_out(Group(strategy="a", setups=(OWN, TUNED)), truth, study())
+    assert {run.setup for run in ended if run.seed in study().seeds} == {OWN}
 
 
 def test_nothing_stable_ends():
