@@ -66,17 +66,15 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
 
 
 def in_order(places: Iterable[Pairs], asked: Sequence[Pairs]) -> list[Pairs]:
-    """By their settings, the first first: numbers by size, then anything else as it was first asked for.
+    """By their settings, the first first: numbers by size, then anything else as it was asked for.
 
     A study grows by places, so the order in which they were asked for says when somebody had time for them.
     """
     words = list(dict.fromkeys(pair for place in asked for pair in place if finite(pair[1]) is None))
 
-    def rank(pair: tuple[str, Any]) -> tuple[bool, float, str]:
+    def rank(pair: tuple[str, Any]) -> tuple[bool, float]:
         number = finite(pair[1])
-        if number is not None:
-            return False, number, ""
-        return True, words.index(pair) if pair in words else len(words), str(pair[1])
+        return (True, words.index(pair)) if number is None else (False, number)
 
     return sorted(places, key=lambda place: [rank(pair) for pair in place])
 
@@ -167,13 +165,13 @@ def _track(
 def _read_trials(path: Path, facts: Facts, stability: Stability) -> Trials:
     """UserError where a run is at no place of this study."""
     found: Trials = {}
-    mapped = sorted(next(iter(facts["tolerance"]["places"]), ()))
+    places = {as_pairs(place) for place in facts["tolerance"]["places"]} or {()}
     for line in read_cells(path):
         entropy = finite(text_of(facts, line.get("place", {})).get("unigram_entropy"))
         trial = _read_trial(line, stability, entropy)
         key = (trial.cell.strategy, as_pairs(line.get("place")), as_pairs(line.get("variant")))
-        if [name for name, _ in key[1]] != mapped:
-            raise UserError(f"{path}: the place of {trial.cell.run} sets other things than study.json maps: {mapped}")
+        if key[1] not in places:
+            raise UserError(f"{path}: the place of {trial.cell.run} is none of study.json's: {_words(key[1])}")
         found.setdefault(key, {})[trial.cell.run] = trial
     return found
 
@@ -192,6 +190,10 @@ def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | 
         flops=finite(line.get("flops")),
         elsewhere={name: finite(loss) for name, loss in (line.get("elsewhere") or {}).items()},
     )
+
+
+def _words(place: Pairs) -> str:
+    return ", ".join(f"{key} = {value!r}" for key, value in place) or "no settings"
 
 
 def _grid(facts: Facts) -> tuple[float, ...]:

@@ -102,13 +102,22 @@ def test_what_is_damaged_is_not_joined_either(tmp_path: Path, make: Any) -> None
 
 
 def test_a_run_at_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
-    """As one is that lost its "place" where a ledger was mended by hand."""
+    """As one is that lost its "place" or its value where a ledger was mended by hand."""
     folder = make_places(tmp_path / "study")
     first, *rest = (folder / "cells.jsonl").read_text().splitlines()
-    without = json.dumps(damaged(json.loads(first), ("place",), GONE))
-    (folder / "cells.jsonl").write_text("\n".join([without, *rest, ""]))
-    with pytest.raises(UserError, match=r"cells\.jsonl: the place of cells/\S+ sets other things than study\.json"):
-        markdown_study(folder)
+    (key,) = (key for key in json.loads(first)["place"] if key != "data.path")
+    for at, junk, words in (
+        (("place",), GONE, "no settings"),
+        (("place", key), None, f"{key} = None"),
+        (("place", key), 7.5, f"{key} = 7.5"),
+    ):
+        wrong = json.dumps(damaged(json.loads(first), at, junk))
+        (folder / "cells.jsonl").write_text("\n".join([wrong, *rest, ""]))
+        with pytest.raises(
+            UserError, match=r"cells\.jsonl: the place of cells/\S+ is none of study\.json's: "
+        ) as caught:
+            markdown_study(folder)
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
