@@ -116,11 +116,14 @@ def _few(study: ToleranceStudy) -> list[str]:
 def _tuning(study: ToleranceStudy) -> str:
     pick = seeds_text(study.pick)
     picked = f"that of the lowest loss on {pick}"
-    pooled = "that of the lowest mean loss over all seeds; each reported seed has that which is best on all others"
+    pooled = (
+        "that of the lowest mean loss over all seeds, of those that all tried; each reported seed has that which is "
+        "best on all others (k of n seeds: so many have the one named)"
+    )
     alone = "no interval holds the error of that choice"
     told = {
         "all": f"{pooled}.",
-        "some": f"{pooled}; where not all seeds tried it, {picked}, and {alone}.",
+        "some": f"{pooled}; where this cannot be told, {picked}, and {alone}.",
         "none": f"{picked}; {alone}.",
     }[study.tuned_by_others]
     return f"Tuned: the chosen setting, as it comes among them, is {told}"

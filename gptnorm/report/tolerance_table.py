@@ -202,7 +202,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
 
 def _chosen(track: Tuned) -> str:
     """ "init.std = 0.05 (4 of 5 seeds; edge: optim.weight_decay)"."""
-    ends = ", ".join(key for key, _ in track.open_ends)
+    ends = ", ".join(dict.fromkeys(key for key, _ in track.open_ends))
     some = "" if track.same == len(track.seeds) else f"{track.same} of {len(track.seeds)} seeds"
     asides = "; ".join(filter(None, (some, f"{EDGE}: {ends}" if ends else "")))
     return f"{track.setting} ({asides})" if asides else track.setting
@@ -212,7 +212,7 @@ def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
     """Settings on the reported seeds, where more are known than as it comes and that chosen; rows: settings; columns:
     strategies."""
     names = [name for name in study.about.strategies if name in place.own]
-    tracks = [track for track in place.tracks if track.ended]
+    tracks = [] if study.screening else [track for track in place.tracks if track.ended]
     if all(not track.variant or track.variant == place.tuned[track.strategy].variant for track in tracks):
         return []
     entries: dict[str, dict[str, Entry]] = {}

@@ -106,10 +106,11 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
     if study.tuned_by_others != "none":
         found.append(
             "Each reported seed has the setting that all other seeds pick, of those that all tried: the strategy as it "
-            f"comes, and {shortlist_text(study)}. That a better one was left out no interval holds."
+            f"comes, and {shortlist_text(study)}. No interval holds the error of leaving a better one out. Where "
+            "settings lie within the noise of a run, about nine of ten hold the truth."
         )
     if study.tuned_by_others != "all":
-        where = "Where not all seeds tried the chosen setting, it" if found else "What is tuned beside the rate"
+        where = "Elsewhere the setting" if found else "What is tuned beside the rate"
         found.append(
             f"{where} was chosen on {seeds_text(study.pick)} alone, and no interval holds the error of that choice."
         )

@@ -113,13 +113,32 @@ class Track:
         return best_point(self.picked)
 
     @cached_property
+    def _everyones(self) -> dict[int, list[Point]]:
+        """The points of every seed, picking and reported, at the rates that all of these have."""
+        seeds = (*self.pick, *self.seeds)
+        rates = set.intersection(*({point.lr for point in self._points(seed)} for seed in seeds))
+        return {seed: [point for point in self._points(seed) if point.lr in rates] for seed in seeds}
+
+    @cached_property
+    def fails(self) -> bool:
+        """Whether some seed is not stable at every rate that all have, the picked one and its neighbours among them."""
+        pooled = picked_curve(list(self._everyones.values()), self.worse)
+        tried = [point.lr for point in self.picked]
+        if self.picked_best is None or best_point(pooled) is not None:
+            return False
+        place = tried.index(self.picked_best.lr)
+        return {*tried[max(0, place - 1) : place + 2]} <= {point.lr for point in pooled}
+
+    @cached_property
     def _common(self) -> dict[int, list[Point]]:
         """The points of every seed, picking and reported, at the rates that all of these have.
 
-        A reported seed counts once it has trained at the best of all and its neighbours, so that one that has only
-        begun takes nothing away from the others.
+        Where the best at these has no neighbour, some seed may only have begun: then a reported one counts once it has
+        trained at the best of most of them and its neighbours, so that such a seed takes nothing away from the others.
         """
         picks = {seed: self._points(seed) for seed in self.pick}
+        if self.fails or self._brackets(picked_curve(list(self._everyones.values()), self.worse)):
+            return self._everyones
         tried = {point.lr for point in self.picked}
         reported = {seed: {p.lr: p for p in self._points(seed) if p.lr in tried} for seed in self.seeds}
         half = sum(map(bool, reported.values())) / 2
@@ -148,10 +167,14 @@ class Track:
 
         It does where the best of all has neighbours on all of them, or is an end of everything that was tried.
         """
-        best = best_point(self.pooled)
-        if best is None or len(self.pooled) < 2 or len(self._common) < len(self.pick) + 2:
+        return len(self._common) >= len(self.pick) + 2 and self._brackets(self.pooled)
+
+    def _brackets(self, pooled: Sequence[Point]) -> bool:
+        """Whether the best has neighbours, or is an end of everything that was tried."""
+        best = best_point(pooled)
+        if best is None or len(pooled) < 2:
             return False
-        end = _end(self.pooled, best)
+        end = _end(pooled, best)
         return end is None or end == _end(self.picked, best)
 
     @property

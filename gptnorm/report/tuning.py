@@ -2,13 +2,15 @@ r"""A strategy with its settings tuned beside the rate, and where a value so cho
 
 As of rates (`gptnorm.report.track`), so of settings: each reported seed has that which is best, at its best rate, on
 the mean of all *other* seeds, picking ones included (leave one out). It is one of those that all seeds try, by a rule
-that is the same for every strategy: as it comes, and what the picking seeds shortlist (`study.shortlist`). No interval
-holds that this may leave out a better one. Where some seed has not trained with all of them yet, or only at the picked
-rate, every seed has the setting that is best on the picking ones (`Tuned.by_others`).
+that is the same for every strategy: as it comes, and what the picking seeds shortlist (`study.shortlist`) on all the
+rates at which they have trained. No interval holds the error of leaving a better one out. A setting that is stable at
+no rate on all seeds is none of them. Where some seed has not trained with all of them yet, or only at the picked rate,
+every seed has the setting that is best on the picking ones (`Tuned.by_others`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -21,7 +23,11 @@ from gptnorm.study.measures import Point, chosen, shortlisted
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Track):
-    """The track of the setting that is best on the mean of all seeds, but that each reported seed has its own."""
+    """The track of the setting that is best on the mean of all seeds, but that each reported seed has its own.
+
+    What is taken at the rate of each reported seed, or along its curve, is that of its setting: `loss`, `failed`,
+    `edges`, `near`, `reaches`, `gap` and the like. Rates, `best`, `sensitivity` and times are those of the track.
+    """
 
     at: Mapping[int, Track]
     """The setting of each reported seed, by seed; empty: that of the track."""
@@ -34,12 +40,16 @@ class Tuned(Track):
     @property
     def as_it_comes(self) -> bool:
         """Whether tuning changes nothing on any reported seed."""
-        return not any(track.variant for track in (self, *self.at.values()))
+        return not any(self.at.get(seed, self).variant for seed in self.seeds)
 
     @property
     def same(self) -> int:
         """Reported seeds that have the setting which is best on the mean of all."""
         return sum(self.at.get(seed, self).variant == self.variant for seed in self.seeds)
+
+    @property
+    def at_end(self) -> bool:
+        return bool(self.open_ends) or any(track.end is not None for track in (self, *self.at.values()))
 
     @cached_property
     def rate_by_seed(self) -> dict[int, float]:
@@ -60,26 +70,28 @@ def tuned(tried: Sequence[Track], shortlist: float) -> Tuned:
         shortlist: `study.shortlist`, nats.
     """
     # As it comes first: of equals that is chosen.
-    tracks = dict(enumerate(sorted(tried, key=lambda track: bool(track.variant))))
-    picked = {index: track.picked for index, track in tracks.items()}
-    everyones = {index: tracks[index] for index in sorted({0, *shortlisted(picked, shortlist)})}
-    if not all(track.whole for track in everyones.values()):
+    tracks = sorted(tried, key=lambda track: bool(track.variant))
+    picked = {index: track.picked for index, track in enumerate(tracks)}
+    everyones = [tracks[index] for index in sorted({0, *shortlisted(picked, shortlist)})]
+    able = [track for track in everyones if track.picked_best is not None and not track.fails]
+    if not able or not all(track.whole for track in able):
         return _tuned(tracks[chosen(picked) or 0], {}, tried)
-    best = chosen({index: track.pooled for index, track in everyones.items()}) or 0
-    at = {}
-    for seed in tracks[0].seeds:
-        index = chosen({index: _one(track.without(seed)) for index, track in everyones.items()})
-        at[seed] = tracks[best if index is None else index]
-    return _tuned(tracks[best], at, tried)
+    best = min(able, key=lambda track: _loss(track.best))
+    return _tuned(best, {seed: _best_without(seed, able) for seed in best.seeds}, tried)
 
 
-def _one(point: Point | None) -> list[Point]:
-    return [] if point is None else [point]
+def _best_without(seed: int, able: Sequence[Track]) -> Track:
+    return min(able, key=lambda track: _loss(track.without(seed)))
+
+
+def _loss(point: Point | None) -> float:
+    return math.inf if point is None or point.loss is None else point.loss
 
 
 def _tuned(track: Track, at: Mapping[int, Track], tried: Sequence[Track]) -> Tuned:
     settings = {entry.name: getattr(track, entry.name) for entry in fields(track)}
-    return Tuned(**{**settings, "open_ends": _open_ends(track, tried), "at": at})
+    ends = dict.fromkeys(end for chosen in (track, *at.values()) for end in _open_ends(chosen, tried))
+    return Tuned(**{**settings, "open_ends": tuple(ends), "at": at})
 
 
 def _open_ends(chosen: Track, tried: Sequence[Track]) -> tuple[tuple[str, End], ...]:

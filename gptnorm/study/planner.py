@@ -87,7 +87,14 @@ def _wanted(group: Group, known: Known, study: ToleranceConfig, *, extra: bool) 
     wanted = [run for setup, found in curves.items() for run in missing_of(setup, found.missing, study.pick)]
     ready = [own] if not curves[own].missing else []
     if not wanted and others:
-        for setup in shortlisted({setup: found.curve for setup, found in curves.items()}, study.shortlist):
+        # At the end on all that is known, as the report does it.
+        picked = {
+            setup: picked_curve([list(points.values()) for points in of(setup, study.pick)], study.stability.worse)
+            if extra
+            else found.curve
+            for setup, found in curves.items()
+        }
+        for setup in shortlisted(picked, study.shortlist):
             if setup != own:
                 curves[setup] = picking(setup, [point.lr for point in curves[setup].curve], whole)
                 wanted += missing_of(setup, curves[setup].missing, study.pick)

@@ -97,8 +97,8 @@ class Tolerance:
         """The study with its settings resolved; UserError where one is wrong."""
         if study.shortlist and not study.tune:
             raise bad_value("study.shortlist", study.shortlist, "needs study.tune: it is about the settings tuned")
-        if study.shortlist and study.report == "best":
-            allowed = "needs another study.report than 'best', or nothing is compared on all seeds"
+        if study.shortlist and (study.report == "best" or len(study.seeds) < 2):
+            allowed = "needs two study.seeds or more and another study.report than 'best': all seeds but one choose"
             raise bad_value("study.shortlist", study.shortlist, allowed)
         return TolerancePlan(recipe, study, overrides, self.part)
 

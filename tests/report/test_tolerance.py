@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from tolerance_folders import ENTROPY, VOCAB, Bowl, line, lines_of, make_tolerance
+from tolerance_folders import ENTROPY, RATES, VOCAB, Bowl, line, lines_of, make_tolerance, numbers, row_of
 
 from gptnorm.errors import UserError
 from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
 from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.html import write_study_report
-from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.report.tolerance_notes import notes, stability_note
 from gptnorm.report.tolerance_plots import tolerance_bars
 from gptnorm.report.tolerance_table import grids
 from gptnorm.report.tolerance_verdict import answer, caveats
 
-RATES = tuple(1e-3 * 2**k for k in range(9))
 SEEDS = (1, 2, 3, 4, 5)
 T5 = 2.7764
 """Student's t, 95 %, four degrees of freedom."""
@@ -64,17 +62,6 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def geometric(values: list[float]) -> tuple[float, ...]:
     return tuple(map(math.exp, interval([math.log(value) for value in values])))
-
-
-def row_of(text: str, title: str, strategy: str) -> list[str]:
-    """The entries of a row of the Markdown table below a title."""
-    table = text.split(f"**{title}**\n\n", 1)[1].split("\n\n", 1)[0]
-    (row,) = [entry for entry in table.splitlines() if entry.startswith(f"| {strategy} |")]
-    return [entry.strip() for entry in row.strip("|").split("|")]
-
-
-def numbers(entry: str) -> tuple[float, ...]:
-    return tuple(map(float, re.findall(r"[-+]?\d[\d.]*(?:e-?\d+)?", entry)))
 
 
 @pytest.fixture(scope="module")
@@ -369,54 +356,6 @@ def test_screening_warns(tmp_path: Path) -> None:
     assert "A screening" in caveats(study)[0]
 
 
-def tuned_lines(steps: int) -> list[dict[str, Any]]:
-    """Tuning gives the baseline 0.08 and the other strategy nothing."""
-    place = {"train.steps": steps}
-    base = {"base": Bowl(4e-3, edge=3e-2)}
-    better = {"base": Bowl(8e-3, bottom=1.92, edge=6e-2)}
-    ours = {"ours": Bowl(8e-3, bottom=1.9, edge=6e-2)}
-    worse = {"ours": Bowl(8e-3, bottom=1.95, edge=6e-2)}
-    variant = {"init.std": 0.02}
-    every = range(6)
-    return [
-        *lines_of(base, RATES, every, place=place),
-        *lines_of(better, RATES, every, place=place, variant=variant),
-        *lines_of(ours, RATES, every, place=place),
-        *lines_of(worse, RATES, [0], place=place, variant=variant),
-    ]
-
-
-def test_what_survives_tuning(tmp_path: Path) -> None:
-    lines = [*tuned_lines(100), *tuned_lines(200)]
-    asked = {"tune": {"init.std": ["twin", 0.02]}, "places": [{"train.steps": 100}, {"train.steps": 200}]}
-    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked))
-    text = markdown_tolerance(study)
-    here = ": train.steps = 200"
-    row = row_of(text, f"Tuned: init.std{here}", "base")
-    near = 0.05 * math.log(8e-3 / RATES[3]) ** 2
-    assert row[1] == "init.std = 0.02"
-    assert [numbers(entry)[0] for entry in row[2:]] == pytest.approx([2.0, 1.92 + near, -0.08], abs=6e-5)
-    assert row_of(text, f"Tuned: init.std{here}", "ours")[1:] == [
-        "as it comes",
-        *[r"1.9000 \[1.9000, 1.9000]"] * 2,
-        "–",
-    ]
-    row = row_of(text, f"Against base, as they come and with init.std tuned for both{here}", "ours")
-    assert [numbers(entry)[0] for entry in row[1:]] == pytest.approx([-0.1, -0.02, 2.0, 1.0], abs=6e-5)
-    every = f"Every setting at its best rate, on the picking seeds{here}"
-    assert [numbers(entry)[0] for entry in row_of(text, every, "as it comes")[1:]] == pytest.approx([2.0, 1.9])
-    assert numbers(row_of(text, every, "init.std = 0.02")[1])[0] == pytest.approx(1.92 + near, abs=6e-5)
-    # Both places side by side come first.
-    title = "Loss minus base's, each at its own best rate"
-    assert row_of(text, title, "ours")[1:] == [r"-0.1000 \[-0.1000, -0.1000]"] * 2
-    assert text.startswith(f"**{title}**\n\n| strategy | train.steps = 100 | train.steps = 200 |")
-    assert answer(study)[0].endswith("ours at 2 of 2 places.")
-    assert "ours has a lower loss at 2 of 2 places" in answer(study)[1]
-    assert answer(study)[2] == "With init.std tuned for both it has a lower loss at 2 of 2 places."
-    row = row_of(text, "Loss minus base's, with init.std tuned for both", "ours")
-    assert [numbers(entry)[0] for entry in row[1:]] == pytest.approx([-0.02, -0.02])
-
-
 def test_places_are_counted_apart(tmp_path: Path) -> None:
     """Lower, higher, either, without ours: each place is one of the four."""
     places = [{"train.steps": steps} for steps in (100, 200, 300, 400)]
@@ -432,161 +371,6 @@ def test_places_are_counted_apart(tmp_path: Path) -> None:
         "Against base, ours has a lower loss at 1 of 4 places, a higher one at 1 (at 1 it cannot be told, at 1 nothing "
         "can be compared)."
     )
-
-
-def test_a_tuned_value_at_an_end_of_those_tried_is_marked(tmp_path: Path) -> None:
-    """With the width 512 "twin" is 0.04: of base the middle is best, of ours the highest, of theirs a decay of 0."""
-    settings = {"init.std": "twin", "model.d_model": 512, "optim.weight_decay": 0.1, "options.qk_norm": "none"}
-    tune = {
-        "init.std": ["published", "twin", 0.08],
-        "optim.weight_decay": [0.0, 0.1],
-        "options.qk_norm": ["none", "head"],
-    }
-    stds: list[dict[str, Any]] = [{"init.std": "published"}, {}, {"init.std": 0.08}]
-    bottoms = {"base": (2.0, 1.9, 2.0), "ours": (2.0, 1.9, 1.8), "theirs": (2.0, 1.9, 2.0)}
-    lines = []
-    for name, by_std in bottoms.items():
-        for std, bottom in zip(stds, by_std, strict=True):
-            for decay in ({"optim.weight_decay": 0.0}, {}):
-                lower = -0.05 if decay and name == "theirs" else 0.05 if decay else 0.0
-                for heads in ({}, {"options.qk_norm": "head"}):
-                    variant = {**std, **decay, **heads}
-                    more = {"variant": variant} if variant else {}
-                    bowl = {name: Bowl(4e-3, bottom=bottom + lower + (0.01 if heads else 0), edge=6e-2)}
-                    lines += lines_of(bowl, RATES, range(6), **more)
-    asked = {"tune": tune, "report": "neighbours"}
-    shared = {"shared": {**settings, "train.steps": 6}, "differing": {}, "recipe": {}}
-    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, settings=shared))
-    (place,) = study.places
-    assert {name: dict(track.open_ends) for name, track in place.tuned.items()} == {
-        "base": {"optim.weight_decay": "highest"},
-        "ours": {"init.std": "highest", "optim.weight_decay": "highest"},
-        "theirs": {},
-    }
-    text = markdown_tolerance(study)
-    title = "Tuned: init.std, optim.weight\\_decay, options.qk\\_norm"
-    assert row_of(text, title, "ours")[1] == r"init.std = 0.08 (edge: init.std, optim.weight\_decay)"
-    assert row_of(text, title, "base")[1] == r"as it comes (edge: optim.weight\_decay)"
-    assert row_of(text, title, "theirs")[1] == "optim.weight\\_decay = 0.0"
-    both = "Against base, as they come and with init.std, optim.weight\\_decay, options.qk\\_norm tuned for both"
-    assert all("edge" in row_of(text, both, name)[2] for name in ("ours", "theirs"))
-    assert not any("edge" in row_of(text, both, name)[1] for name in ("ours", "theirs"))
-    said = " ".join(answer(study))
-    assert "For ours the chosen init.std is the highest tried, so it is no result: a higher one may do better." in said
-    assert "For base and ours the chosen optim.weight_decay is the highest tried" in said
-    assert any("each reported seed has the setting" in caveat.lower() for caveat in caveats(study))
-
-
-def settings_study(tmp_path: Path, shortlist: float, losses: dict[str, list[float]], **more: Any) -> ToleranceStudy:
-    """Of "ours", by setting ("": as it comes) the losses of seeds 0, 1, … at its best rate; of "base" 1.5."""
-    lines, high = [], {RATES[2]: 0.1, RATES[3]: 0.0, RATES[4]: 0.1}
-    for setting, of_seeds in losses.items():
-        variant = {"variant": {"options.qk_norm": setting}} if setting else {}
-        for lr, rise in high.items():
-            lines += [line("ours", lr, seed, loss + rise, **variant) for seed, loss in enumerate(of_seeds)]
-    seeds = range(1, max(map(len, losses.values())))
-    lines += [line("base", lr, seed, 1.5 + rise) for lr, rise in high.items() for seed in (0, *seeds)]
-    asked = {
-        "tune": {"options.qk_norm": ["a", "b"]},
-        "shortlist": shortlist,
-        "report": "neighbours",
-        "baseline": "base",
-    }
-    return load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES[2:5], seeds=seeds, asked=asked, **more))
-
-
-def test_each_seed_has_the_setting_that_all_others_pick(tmp_path: Path) -> None:
-    """Seed 0 says "a"; all but seed 0 "b", and without seed 2, which likes "b" best by far, as it comes."""
-    losses = {
-        "": [2.00, 1.80, 2.00, 1.80, 1.80],
-        "a": [1.70, 2.00, 2.00, 2.00, 2.00],
-        "b": [1.90, 1.85, 1.00, 1.85, 1.85],
-    }
-    study = settings_study(tmp_path, 0.25, losses)
-    tuned = study.places[0].tuned["ours"]
-    means = {name: {left: sum(of) - of[left] for left in (1, 2, 3, 4)} for name, of in losses.items()}
-    expected = {left: min(means, key=lambda name: means[name][left]) for left in (1, 2, 3, 4)}
-    assert expected == {1: "b", 2: "", 3: "b", 4: "b"}
-    assert tuned.losses == {seed: losses[name][seed] for seed, name in expected.items()}
-    assert (tuned.setting, tuned.same, tuned.by_others, tuned.as_it_comes) == ("options.qk_norm = b", 3, True, False)
-    assert study.tuned_by_others == "all"
-    text = markdown_tolerance(study)
-    row = row_of(text, "Tuned: options.qk\\_norm", "ours")
-    assert row[1] == r"options.qk\_norm = b (3 of 4 seeds)"
-    gains = [tuned.losses[seed] - losses[""][seed] for seed in (1, 2, 3, 4)]
-    assert numbers(row[4])[0] == pytest.approx(statistics.fmean(gains), abs=6e-5)
-    row = row_of(text, "Every setting that was reported, each at its own best rate", "options.qk\\_norm = a")
-    assert numbers(row[1])[0] == pytest.approx(2.0)
-    assert "each reported seed has that which is best on all others" in " ".join(notes(study, grids(study)))
-    (said,) = [caveat for caveat in caveats(study) if "setting that all other seeds pick" in caveat]
-    assert "those less than 0.25 nats above the best on seed 0" in said
-
-
-def test_what_the_picking_seed_does_not_shortlist_is_left_out(tmp_path: Path) -> None:
-    """ "b" is best on every reported seed, which the ledger holds of another study; "a" gets no such chance either."""
-    losses = {"": [1.9, 2.0, 2.0, 2.0], "a": [1.7, 1.9, 1.9, 1.9], "b": [2.0, 1.0, 1.0, 1.0]}
-    for shortlist, name in ((0.0, "a"), (0.3, "a"), (0.31, "b")):
-        tuned = settings_study(tmp_path / f"{shortlist}", shortlist, losses).places[0].tuned["ours"]
-        assert (tuned.setting, tuned.by_others) == (f"options.qk_norm = {name}", True)
-
-
-def test_until_all_seeds_have_all_the_settings_the_picking_seed_chooses(tmp_path: Path) -> None:
-    losses = {"": [1.9, 1.8, 1.8, 1.8], "a": [1.7, 2.0, 2.0, 2.0], "b": [1.8, 1.0, 1.0]}
-    study = settings_study(tmp_path, 0.3, losses)
-    tuned = study.places[0].tuned["ours"]
-    assert (tuned.setting, tuned.by_others, study.tuned_by_others) == ("options.qk_norm = a", False, "some")
-    assert set(tuned.losses.values()) == {2.0}
-    assert any("it was chosen on seed 0 alone" in caveat for caveat in caveats(study))
-    losses["b"].append(1.0)
-    assert settings_study(tmp_path / "whole", 0.3, losses).places[0].tuned["ours"].setting == "options.qk_norm = b"
-
-
-def test_intervals_hold_the_error_of_choosing_a_setting(tmp_path: Path) -> None:
-    """Four hundred times: of three settings one is best, as good as the baseline, which has no others. 95 of 100
-    intervals hold 0 where all seeds choose, and far fewer where one does."""
-    draw, held = random.Random(1), {0.0: 0, 1.0: 0}
-    for shortlist in held:
-        places, lines = [{"optim.eps": float(number)} for number in range(1, 401)], []
-        draw.seed(1)
-        for place in places:
-            shift = [draw.gauss(0, 0.02) for _ in range(6)]
-            for name, variant, bottom in (
-                ("base", {}, 1.5),
-                ("ours", {}, 1.6),
-                ("ours", {"options.qk_norm": "a"}, 1.5),
-                ("ours", {"options.qk_norm": "b"}, 1.515),
-                ("ours", {"options.qk_norm": "c"}, 1.515),
-            ):
-                more = {"place": place, **({"variant": variant} if variant else {})}
-                of_seeds = [bottom + shift[seed] + draw.gauss(0, 0.01) for seed in range(6)]
-                for lr, rise in ((RATES[2], 0.1), (RATES[3], 0.0), (RATES[4], 0.1)):
-                    lines += [line(name, lr, seed, loss + rise, **more) for seed, loss in enumerate(of_seeds)]
-        asked = {"tune": {"options.qk_norm": ["a", "b", "c"]}, "places": places}
-        asked |= {"shortlist": shortlist, "report": "neighbours"}
-        folder = make_tolerance(tmp_path / f"{shortlist}", lines, lrs=RATES[2:5], asked=asked)
-        for place in load_tolerance(folder).places:
-            difference = place.pairs(tuned=True)["ours"].difference
-            assert difference is not None
-            held[shortlist] += difference.low <= 0 <= difference.high
-    assert 0.92 * 400 <= held[1.0] <= 0.97 * 400
-    assert held[1.0] - held[0.0] > 0.05 * 400
-
-
-@pytest.mark.parametrize(("width", "end"), [(512, "lowest"), (2048, None), (32, "highest")])
-def test_a_named_std_is_what_it_is_at_the_width_of_the_place(tmp_path: Path, width: int, end: str | None) -> None:
-    """ "twin", which is best, is 0.04, 0.02 and 0.16 there, beside 0.06 and 0.09, or 0.01 and 0.09."""
-    others = (0.01, 0.09) if end is None else (0.06, 0.09)
-    place = {"model.d_model": width}
-    lines = lines_of({"base": Bowl(4e-3, edge=6e-2)}, RATES, range(6), place=place)
-    for std in others:
-        worse = {"base": Bowl(4e-3, bottom=2.1, edge=6e-2)}
-        lines += lines_of(worse, RATES, range(6), place=place, variant={"init.std": std})
-    asked = {"tune": {"init.std": ["twin", *others]}, "places": [place], "report": "neighbours"}
-    settings = {"shared": {"init.std": "twin", "model.d_model": 64}, "differing": {}, "recipe": {}}
-    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked, settings=settings))
-    assert study.places[0].tuned["base"].open_ends == (() if end is None else (("init.std", end),))
-    said = " ".join(answer(study))
-    assert (f"the chosen init.std is the {end} tried" in said) is (end is not None)
 
 
 def test_sensitivity_says_whose_it_is(tmp_path: Path) -> None:

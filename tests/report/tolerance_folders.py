@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from report_folders import ENVIRONMENT, make_run
 
 ENTROPY = 3.0
+RATES = tuple(1e-3 * 2**k for k in range(9))
 VOCAB = 256
 
 
@@ -127,3 +129,14 @@ def make_tolerance(
         final = entry["val_loss"]
         make_run(folder / entry["run"], final=final, seed=entry["seed"], steps=runs, status=entry["status"])
     return folder
+
+
+def row_of(text: str, title: str, strategy: str) -> list[str]:
+    """The entries of a row of the Markdown table below a title."""
+    table = text.split(f"**{title}**\n\n", 1)[1].split("\n\n", 1)[0]
+    (row,) = [entry for entry in table.splitlines() if entry.startswith(f"| {strategy} |")]
+    return [entry.strip() for entry in row.strip("|").split("|")]
+
+
+def numbers(entry: str) -> tuple[float, ...]:
+    return tuple(map(float, re.findall(r"[-+]?\d[\d.]*(?:e-?\d+)?", entry)))

@@ -198,8 +198,10 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.shortlist=0.02"], "study.shortlist = 0.02: needs study.tune"),
         (["study.shortlist=-0.1", "study.tune.init.std=[0.1]"], "study.shortlist = -0.1: must be at least 0"),
         (["study.shortlist=inf", "study.tune.init.std=[0.1]"], "study.shortlist = inf"),
-        (["study.shortlist=0.02", "study.tune.init.std=[0.1]", "study.report=best"],
-         "study.shortlist = 0.02: needs another study.report than 'best'"),
+        (["study.shortlist=0.02", "study.tune.init.std=[0.1]", "study.report=best", "study.seeds=[1,2]"],
+         "study.shortlist = 0.02: needs two study.seeds or more and another study.report than 'best'"),
+        (["study.shortlist=0.02", "study.tune.init.std=[0.1]", "study.seeds=[1]"],
+         "study.shortlist = 0.02: needs two study.seeds or more"),
         (["study.places=[{a=1}]"], "a: unknown key"),
         (["study.places=[{model.n_layers=1},{train.steps=2}]"], "must set the same as the first: model.n_layers"),
         (["study.places=[{}]"], "study.places"),
@@ -274,15 +276,16 @@ def test_what_was_said_once_stays(study, tmp_path):
 def test_a_shortlist_grows(study, tmp_path):
     """Settings that the picking seed puts below the best are reported once the list is long enough, and stay so."""
     tuned = ('study.tune.init.std=["twin","published"]', 'study.strategies=["prenorm"]', "study.report=neighbours")
-    tuned += ("study.stability.margin=-inf",)
+    tuned += ("study.stability.margin=-inf", "study.seeds=[3,4]")
     folder = ask(study, tmp_path / "out", *tuned)
     before = lines(folder)
-    assert {row["seed"] for row in before if "variant" not in row} == {0, 3}
+    assert {row["seed"] for row in before if "variant" not in row} == {0, 3, 4}
+    assert {row["seed"] for row in before if "variant" in row} == {0}
     ask(study, folder, *tuned, "study.shortlist=9.0")
     ask(study, folder, *tuned)
     assert json.loads((folder / "study.json").read_text())["tolerance"]["shortlist"] == 9.0
     assert lines(folder)[: len(before)] == before
-    assert {row["seed"] for row in lines(folder) if "variant" in row} == {0, 3}
+    assert {row["seed"] for row in lines(folder) if "variant" in row} == {0, 3, 4}
 
 
 @pytest.mark.parametrize("text", ["", ":", "1:", "a", "1:2:3", "3:1", "0:1", "-1", "nan", "inf", "1,,2"])
