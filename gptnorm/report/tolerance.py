@@ -15,7 +15,7 @@ from typing import Any, Literal
 from gptnorm.report.format import value_text
 from gptnorm.report.results import About, Cell
 from gptnorm.report.track import Track
-from gptnorm.report.tuning import Tuned, tuned
+from gptnorm.report.tuning import tuned
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
@@ -106,7 +106,7 @@ class Place:
         return {track.strategy: track for track in self.tracks if not track.variant}
 
     @cached_property
-    def tuned(self) -> dict[str, Tuned]:
+    def tuned(self) -> dict[str, Track]:
         """Each strategy with the best of its settings."""
         names = dict.fromkeys(track.strategy for track in self.tracks)
         tried = {name: [track for track in self.tracks if track.strategy == name] for name in names}
@@ -114,7 +114,7 @@ class Place:
 
     def pairs(self, *, tuned: bool) -> dict[str, Pair]:
         """Every other strategy against the baseline, both as they come or both tuned."""
-        tracks: Mapping[str, Track] = self.tuned if tuned else self.own
+        tracks = self.tuned if tuned else self.own
         theirs = tracks.get(self.baseline)
         return {
             name: Pair(ours=track, theirs=theirs)
@@ -162,10 +162,10 @@ class ToleranceStudy:
         return _how_many(track.crossed for track in tracks if track.best)
 
     @property
-    def tuned_by_others(self) -> HowMany:
-        """Of which strategies each seed has the setting that all others pick."""
+    def tuned_by_all(self) -> HowMany:
+        """Of which strategies the setting was chosen on all seeds, not on those alone that pick."""
         tracks = [track for place in self.places for track in place.tuned.values()]
-        return _how_many(track.by_others for track in tracks if track.best)
+        return _how_many(track.by_all for track in tracks if track.best)
 
     @property
     def mapped(self) -> tuple[str, ...]:

@@ -114,25 +114,23 @@ def _few(study: ToleranceStudy) -> list[str]:
 
 
 def _tuning(study: ToleranceStudy) -> str:
-    pick = seeds_text(study.pick)
-    picked = f"that of the lowest loss on {pick}"
+    picked = f"that of the lowest loss on {seeds_text(study.pick)}"
     pooled = (
-        "that of the lowest mean loss over all seeds, of those that all tried; each reported seed has that which is "
-        "best on all others (k of n seeds: so many have the one named)"
+        "that of the lowest mean loss over all seeds, of those that all tried, which flatters what it gains a little"
     )
     alone = "no interval holds the error of that choice"
     told = {
         "all": f"{pooled}.",
         "some": f"{pooled}; where this cannot be told, {picked}, and {alone}.",
         "none": f"{picked}; {alone}.",
-    }[study.tuned_by_others]
+    }[study.tuned_by_all]
     return f"Tuned: the chosen setting, as it comes among them, is {told}"
 
 
 def shortlist_text(study: ToleranceStudy) -> str:
     """Which settings the reported seeds tried."""
-    first = f"the best on {seeds_text(study.pick)}"
-    return f"those less than {study.shortlist:g} nats above {first}" if study.shortlist else first
+    best = f"the best on {seeds_text(study.pick)}"
+    return f"every setting less than {study.shortlist:g} nats above {best}" if study.shortlist else best
 
 
 def _sensitive(study: ToleranceStudy) -> str:

@@ -16,7 +16,6 @@ from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import LINE, notes
 from gptnorm.report.tolerance_verdict import answer
 from gptnorm.report.track import Track
-from gptnorm.report.tuning import Tuned
 from gptnorm.study.measures import Estimate, Point, mean_of, paired_difference
 
 SETTINGS = "Every setting at its best rate, on the picking seeds"
@@ -200,12 +199,10 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     return [*found, *_reported(study, place), _settings(study, place)]
 
 
-def _chosen(track: Tuned) -> str:
-    """ "init.std = 0.05 (4 of 5 seeds; edge: optim.weight_decay)"."""
-    ends = ", ".join(dict.fromkeys(key for key, _ in track.open_ends))
-    some = "" if track.same == len(track.seeds) else f"{track.same} of {len(track.seeds)} seeds"
-    asides = "; ".join(filter(None, (some, f"{EDGE}: {ends}" if ends else "")))
-    return f"{track.setting} ({asides})" if asides else track.setting
+def _chosen(track: Track) -> str:
+    """ "init.std = 0.05 (edge: optim.weight_decay)"."""
+    ends = ", ".join(key for key, _ in track.open_ends)
+    return f"{track.setting} ({EDGE}: {ends})" if ends else track.setting
 
 
 def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
@@ -348,9 +345,9 @@ def _at_end(track: Track | None) -> bool:
     return track is not None and track.at_end
 
 
-def _gain(before: Track | None, after: Tuned | None) -> Estimate | None:
+def _gain(before: Track | None, after: Track | None) -> Estimate | None:
     """Of what another setting than its own is best for, with no seed that failed."""
-    if before is None or after is None or after.as_it_comes or before.failed or after.failed:
+    if before is None or after is None or before.variant == after.variant or before.failed or after.failed:
         return None
     return paired_difference(after.losses, before.losses)
 

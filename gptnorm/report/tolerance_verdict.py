@@ -103,13 +103,13 @@ def caveats(study: ToleranceStudy) -> list[str]:
 
 def _tuning_caveats(study: ToleranceStudy) -> list[str]:
     found = []
-    if study.tuned_by_others != "none":
+    if study.tuned_by_all != "none":
         found.append(
-            "Each reported seed has the setting that all other seeds pick, of those that all tried: the strategy as it "
-            f"comes, and {shortlist_text(study)}. No interval holds the error of leaving a better one out. Where "
-            "settings lie within the noise of a run, about nine of ten hold the truth."
+            "Of settings that are equally good the luckier is chosen. That flatters what tuning gains a little, and "
+            "hardly the difference of two strategies that are both tuned. All seeds tried each strategy as it comes, "
+            f"and with {shortlist_text(study)}; no interval holds the error of leaving a better setting out."
         )
-    if study.tuned_by_others != "all":
+    if study.tuned_by_all != "all":
         where = "Elsewhere the setting" if found else "What is tuned beside the rate"
         found.append(
             f"{where} was chosen on {seeds_text(study.pick)} alone, and no interval holds the error of that choice."

@@ -81,6 +81,8 @@ class Track:
     """Its value of every setting that the study tunes."""
     open_ends: tuple[tuple[str, End], ...] = ()
     """Of a setting that was chosen, what is the lowest or highest value tried; `gptnorm.report.tuning`."""
+    by_all: bool = False
+    """Of a setting that was chosen, whether on all seeds, not on those alone that pick."""
     width: int | None
     """Of the model, d."""
     trials: tuple[Trial, ...]
@@ -209,12 +211,8 @@ class Track:
             return {}
         if not self.crossed:
             return dict.fromkeys(self.seeds, self.best.lr)
-        found = {seed: self.without(seed) or self.best for seed in self.seeds}
+        found = {seed: best_without(self._common, seed, self.worse) or self.best for seed in self.seeds}
         return {seed: point.lr for seed, point in found.items()}
-
-    def without(self, seed: int) -> Point | None:
-        """The best of the mean over all seeds but this one."""
-        return best_without(self._common, seed, self.worse)
 
     @cached_property
     def lrs(self) -> list[float]:
@@ -234,10 +232,6 @@ class Track:
 
     def _points(self, seed: int) -> list[Point]:
         return [trial.point for trial in self._by_seed.get(seed, [])]
-
-    def trials_of(self, seed: int) -> list[Trial]:
-        """One seed's runs, by rate."""
-        return self._by_seed.get(seed, [])
 
     def mean_curve(self) -> list[tuple[float, list[Point]]]:
         """Every rate with its points on the reported seeds, ascending."""
@@ -361,7 +355,7 @@ class Track:
     @property
     def seconds_by_seed(self) -> dict[int, float]:
         """The same over the runs of each reported seed."""
-        found = {seed: self._step_seconds(self.trials_of(seed)) for seed in self.seeds}
+        found = {seed: self._step_seconds(self._by_seed.get(seed, ())) for seed in self.seeds}
         return {seed: seconds for seed, seconds in found.items() if seconds is not None}
 
     def _step_seconds(self, trials: Sequence[Trial]) -> float | None:
@@ -384,7 +378,7 @@ class Track:
 
     def _at_best(self, seed: int) -> Trial | None:
         lr = self.rate_by_seed.get(seed)
-        return next((trial for trial in self.trials_of(seed) if trial.point.lr == lr), None)
+        return next((trial for trial in self._by_seed.get(seed, []) if trial.point.lr == lr), None)
 
     def _mean(self, value: Callable[[Trial], float | None]) -> Estimate | None:
         trials = [trial for seed in self.seeds if (trial := self._at_best(seed)) is not None]

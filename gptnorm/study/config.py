@@ -90,8 +90,8 @@ class ToleranceConfig(StudyConfig):
     """Settings tuned beside the rate, each with its values: every combination is tried for every strategy."""
     shortlist: NonNegativeFloat = 0.0
     """Nats above the lowest loss that the picking seeds find with any setting of `tune`: the settings less than that
-    above it are reported, too, and each reported seed stands at the one that all other seeds pick. 0: that of the
-    lowest loss and the strategy as it comes."""
+    above it are reported, too, and the one that is best on all seeds is chosen. 0: that of the lowest loss, and the
+    strategy as it comes."""
     map: dict[str, Any] = field(default_factory=dict)
     """Settings with the values at which strategies are compared: every combination is a comparison of its own."""
     places: tuple[dict[str, Any], ...] = ()
