@@ -98,7 +98,7 @@ class Tolerance:
         if study.shortlist and not study.tune:
             raise bad_value("study.shortlist", study.shortlist, "needs study.tune: it is about the settings tuned")
         if study.shortlist and (study.report == "best" or len(study.seeds) < 2):
-            allowed = "needs two study.seeds or more and another study.report than 'best', for all seeds choose"
+            allowed = "needs two study.seeds or more and another study.report than 'best', so that all seeds can choose"
             raise bad_value("study.shortlist", study.shortlist, allowed)
         return TolerancePlan(recipe, study, overrides, self.part)
 
