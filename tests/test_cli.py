@@ -215,6 +215,15 @@ def test_no_command_shows_help_and_listings_work(monkeypatch, capfd):
         assert "prenorm" in capfd.readouterr().out or name == "settings"
 
 
+def test_settings_of_one_table(monkeypatch, capfd):
+    assert call(monkeypatch, "settings", "study.search") == 0
+    shown = capfd.readouterr().out
+    assert "study.search.reach" in shown
+    assert "optim." not in shown
+    assert call(monkeypatch, "settings", "stduy") == 2
+    assert capfd.readouterr().err.startswith("gptnorm: TABLE = 'stduy': must be one of checkpoint, data,")
+
+
 def test_output_into_head(place):
     line = f"{sys.executable} -m gptnorm settings | head -1"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)

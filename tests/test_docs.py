@@ -35,6 +35,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_every_key_of_a_study_is_in_a_table() -> None:
+    from gptnorm.reference import list_study_settings
+
+    rows = "\n".join(
+        (ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("studies", "tolerance", "scaling")
+    )
+    named = re.findall(r"`([a-z.]+)(?:\.SETTING)?`", "\n".join(re.findall(r"^\| (`[^|]+) \|", rows, re.MULTILINE)))
+    assert {setting.key.removeprefix("study.") for setting in list_study_settings()} <= set(named)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_exist(page: Path) -> None:
     """Every `gptnorm …` and `make …` line names a command, a shipped recipe and known settings."""

@@ -29,8 +29,9 @@ def recipes() -> None:
 
 
 @click.command("settings")
-def settings_() -> None:
-    """List every setting, its default and its meaning."""
-    from gptnorm.reference import settings_table
+@click.argument("table", required=False)
+def settings_(table: str | None) -> None:
+    """List every setting, its default and its meaning, or those of TABLE, such as optim or study."""
+    from gptnorm.reference import settings_of, settings_table
 
-    console.print(settings_table())
+    console.print(settings_table(settings_of(table)))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gptnorm.config import BackboneName
-from gptnorm.reference import settings_table
+from gptnorm.reference import list_settings, settings_table
 from gptnorm.strategies.base import Card
 from gptnorm.strategies.compose import OFFERED, offers
 from gptnorm.strategies.measured import measurements
@@ -85,4 +85,4 @@ def show_one(name: str, console: Console) -> None:
         table.add_row("defaults", ", ".join(f"{k} = {v}" for k, v in strategy.recipe_defaults.items()))
     console.print(table)
     console.print()
-    console.print(settings_table(strategy, "strategy."))
+    console.print(settings_table(list_settings(strategy, "strategy.")))
