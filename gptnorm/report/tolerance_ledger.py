@@ -138,18 +138,16 @@ def _track(
 ) -> Track:
     strategy, place, variant = key
     settings = {**about.shared, **{key: by.get(strategy) for key, by in about.differing.items()}, **dict(place)}
-    steps, *batch = (finite(settings.get(f"train.{key}")) for key in ("steps", "batch_size", "seq_len"))
-    step_tokens = None if None in batch else math.prod(number for number in batch if number is not None)
+    batch = _size(settings.get("train.batch_size")), _size(settings.get("train.seq_len"))
     # The loss of a model that knows nothing.
     vocab = finite(text_of(facts, dict(place)).get("vocab"))
     pick = tuple(facts["tolerance"]["pick"])
-    width = finite(settings.get("model.d_model"))
     return Track(
         strategy=strategy,
         place=place,
         variant=variant,
         tuned={key: dict(variant).get(key, settings.get(key)) for key in facts["tolerance"]["tune"]},
-        width=None if width is None else int(width),
+        width=_size(settings.get("model.d_model")),
         trials=trials,
         pick=pick,
         seeds=about.seeds or pick,
@@ -157,9 +155,15 @@ def _track(
         epsilon=float(facts["tolerance"]["epsilon"]),
         worse=stability.worse,
         cap=math.log(vocab) if vocab else None,
-        steps=None if steps is None else int(steps),
-        step_tokens=None if step_tokens is None else int(step_tokens),
+        steps=_size(settings.get("train.steps")),
+        step_tokens=batch[0] * batch[1] if batch[0] and batch[1] else None,
     )
+
+
+def _size(setting: object) -> int | None:
+    """What a run's own settings may hold (`gptnorm.config.Positive`); None: nothing that they could."""
+    number = finite(setting)
+    return int(number) if number is not None and 1 <= number < 2**31 else None
 
 
 def _read_trials(path: Path, facts: Facts, stability: Stability) -> Trials:

@@ -71,6 +71,9 @@ Distinct = Annotated[tuple[T, ...], AfterValidator(_without_repeats)]
 Some = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_without_repeats)]
 Number = float | None
 """None: missing, or not finite."""
+Amount = Annotated[float, Field(ge=0)] | None
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+"""Bounded so that it can be shown and computed with."""
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
@@ -78,9 +81,9 @@ class Text:
     """What a study trains or is evaluated on."""
 
     fingerprint: str
-    train_tokens: int
-    val_tokens: int
-    vocab: Annotated[int, Field(ge=2)] | None = None
+    train_tokens: Whole
+    val_tokens: Whole
+    vocab: Annotated[int, Field(ge=2, lt=2**63)] | None = None
     unigram_entropy: float | None = None
 
 
@@ -160,19 +163,19 @@ class Line:
     status: str
     val_loss: Number
     run: str
-    seconds: Number = None
-    parameters: int | None = None
+    seconds: Amount = None
+    parameters: Whole | None = None
     environment: int = 0
     place: Place = Field(default_factory=dict)
     variant: Place = Field(default_factory=dict)
     tail_loss: Number = None
     lowest_loss: Number = None
-    spikes: int = 0
+    spikes: Whole = 0
     nonlinearity: tuple[Number, ...] | None = None
     elsewhere: dict[str, Number] | None = None
     signal: dict[str, Signal | None] | None = None
-    flops: Number = None
-    memory: Number = None
+    flops: Amount = None
+    memory: Amount = None
 
 
 def read_facts(folder: Path) -> Facts:

@@ -28,7 +28,7 @@ from gptnorm.study.measures import Point, best_point, edge_of
 CLOSEST = 1.05
 """Factor between two rates; less of one can be blurred by rounding to three digits."""
 
-Factor = Annotated[float, Field(gt=CLOSEST)]
+Factor = Annotated[float, Field(gt=CLOSEST, allow_inf_nan=False)]
 
 
 Seek = Literal["both", "optimum", "edge"]

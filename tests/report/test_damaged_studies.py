@@ -19,7 +19,7 @@ from gptnorm.report import markdown_study
 from gptnorm.study.ledger import differences, facts_to_grow, joined
 
 GONE = object()
-JUNK = [GONE, None, 3, -1.5, 0, True, "x", "", [], [[]], [{}], {}, {"a": 3}, {"a": {"b": []}}]
+JUNK = [GONE, None, 3, -1.5, 0, 1e308, 10**400, True, "x", "", [], [[]], [{}], {}, {"a": 3}, {"a": {"b": []}}]
 
 
 def make_grid(folder: Path) -> Path:
