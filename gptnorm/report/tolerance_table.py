@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Group
 
@@ -207,29 +207,39 @@ def _chosen(track: Track) -> str:
 
 def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
     """Settings on the reported seeds, where more are known than as it comes and that chosen; rows: settings; columns:
-    strategies."""
-    names = [name for name in study.about.strategies if name in place.own]
+    strategies. Against the tuned baseline, too: no interval says how much hangs on which of our settings was taken."""
+    names, base = [name for name in study.about.strategies if name in place.own], study.baseline
     tracks = [] if study.screening else [track for track in place.tracks if track.ended]
     if all(not track.variant or track.variant == place.tuned[track.strategy].variant for track in tracks):
         return []
-    entries: dict[str, dict[str, Entry]] = {}
+    others = [name for name in names if name != base] if base in place.tuned else []
+    losses: dict[str, dict[str, Entry]] = {}
+    differences: dict[str, dict[str, Entry]] = {}
     for track in tracks:
-        entries.setdefault(track.setting, {})[track.strategy] = _loss_and_rate(track)
+        losses.setdefault(track.setting, {})[track.strategy] = _loss_and_rate(track)
+        if track.strategy in others:
+            pair = Pair(ours=track, theirs=place.tuned[base])
+            differences.setdefault(track.setting, {})[track.strategy] = _difference(pair)
+    found = [_by_setting(_title(REPORTED, place), names, losses)]
+    against = _title(f"Loss minus {base}'s tuned, with every setting of ours that was reported", place)
+    return [*found, _by_setting(against, others, differences)] if differences else found
+
+
+def _by_setting(title: str, names: Sequence[str], entries: Mapping[str, Mapping[str, Entry]]) -> Grid:
     rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in entries.items())
-    return [Grid(title=_title(REPORTED, place), head=("setting", *names), rows=rows, words=1)]
+    return Grid(title=title, head=("setting", *names), rows=rows, words=1)
 
 
 def _settings(study: ToleranceStudy, place: Place) -> Grid:
     """Rows: what was tried; columns: strategies."""
     names = [name for name in study.about.strategies if name in place.own]
-    losses: dict[str, dict[str, str]] = {}
+    losses: dict[str, dict[str, Entry]] = {}
     for track in place.tracks:
         best = track.picked_best
         rate = "" if best is None else str(marked(lr_text(best.lr), track.picked_end is not None))
         at = f"{loss_text(best.loss)} at {rate}" if best else NONE if track.picked else MISSING
         losses.setdefault(track.setting, {})[track.strategy] = at
-    rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in losses.items())
-    return Grid(title=_title(SETTINGS, place), head=("setting", *names), rows=rows, words=1)
+    return _by_setting(_title(SETTINGS, place), names, losses)
 
 
 def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
