@@ -109,6 +109,11 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
             "hardly the difference of two strategies that are both tuned. All seeds tried each strategy as it comes, "
             f"and with {shortlist_text(study)}; no interval holds the error of leaving a better setting out."
         )
+        if study.shortlist:
+            found.append(
+                "Nor does an interval hold which of two equal settings was taken; the tables of every setting that was "
+                "reported say how much of a difference hangs on that."
+            )
     if study.tuned_by_all != "all":
         where = "Elsewhere the setting" if found else "What is tuned beside the rate"
         found.append(

@@ -165,6 +165,7 @@ def test_the_setting_is_that_which_all_seeds_pick(tmp_path: Path) -> None:
     )
     (said,) = [caveat for caveat in caveats(study) if "the luckier is chosen" in caveat]
     assert "with every setting less than 0.25 nats above the best on seed 0" in said
+    assert any("which of two equal settings was taken" in caveat for caveat in caveats(study))
 
 
 def test_what_the_picking_seed_does_not_shortlist_is_left_out(tmp_path: Path) -> None:
