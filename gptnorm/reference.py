@@ -43,7 +43,7 @@ def list_study_settings() -> Iterator[Setting]:
 
 
 def settings_of(table: str | None) -> list[Setting]:
-    """Every key that the command line may set, or those of one table such as "optim" or "study.search".
+    """Every key that the command line may set, or those of one table, such as "optim" or "study.search", or one key.
 
     Raises:
         UserError: there is no such table or key.
@@ -51,10 +51,10 @@ def settings_of(table: str | None) -> list[Setting]:
     every = [*list_settings(), *list_study_settings()]
     if table is None:
         return every
-    found = [setting for setting in every if f"{setting.key}.".startswith(f"{table}.")]
+    found = [setting for setting in every if f"{setting.key}.".startswith(f"{table.rstrip('.')}.")]
     if not found:
         tables = sorted({setting.key.rpartition(".")[0] or setting.key for setting in every})
-        raise bad_value("TABLE", table, f"must be one of {', '.join(tables)}")
+        raise bad_value("TABLE", table, f"must be one of {', '.join(tables)}, or a key of one")
     return found
 
 

@@ -31,7 +31,7 @@ def recipes() -> None:
 @click.command("settings")
 @click.argument("table", required=False)
 def settings_(table: str | None) -> None:
-    """List every setting, its default and its meaning, or those of TABLE, such as optim or study."""
+    """List every setting, its default and its meaning, or those of TABLE, such as optim, study or init.std."""
     from gptnorm.reference import settings_of, settings_table
 
     console.print(settings_table(settings_of(table)))

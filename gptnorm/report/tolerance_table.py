@@ -207,25 +207,31 @@ def _chosen(track: Track) -> str:
 
 def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
     """Settings on the reported seeds, where more are known than as it comes and that chosen; rows: settings; columns:
-    strategies. Against the tuned baseline, too: no interval says how much hangs on which of our settings was taken."""
-    names, base = [name for name in study.about.strategies if name in place.own], study.baseline
+    strategies. Then the difference from the baseline with every setting of either, since no interval holds how much
+    hangs on which were taken."""
+    names = [name for name in study.about.strategies if name in place.own]
     tracks = [] if study.screening else [track for track in place.tracks if track.ended]
     if all(not track.variant or track.variant == place.tuned[track.strategy].variant for track in tracks):
         return []
-    others = [name for name in names if name != base] if base in place.tuned else []
     losses: dict[str, dict[str, Entry]] = {}
-    differences: dict[str, dict[str, Entry]] = {}
     for track in tracks:
         losses.setdefault(track.setting, {})[track.strategy] = _loss_and_rate(track)
-        if track.strategy in others:
-            pair = Pair(ours=track, theirs=place.tuned[base])
-            differences.setdefault(track.setting, {})[track.strategy] = _difference(pair)
     found = [_by_setting(_title(REPORTED, place), names, losses)]
-    against = _title(f"Loss minus {base}'s tuned, with every setting of ours that was reported", place)
-    return [*found, _by_setting(against, others, differences)] if differences else found
+    theirs = [track for track in tracks if track.strategy == study.baseline]
+    for name in names if theirs else []:
+        ours = [track for track in tracks if track.strategy == name != study.baseline]
+        differences = {
+            track.setting: {their.setting: _difference(Pair(ours=track, theirs=their)) for their in theirs}
+            for track in ours
+        }
+        title = f"{name}'s loss minus {study.baseline}'s, by {name}'s setting (rows) and {study.baseline}'s (columns)"
+        if ours:
+            found.append(_by_setting(_title(title, place), [their.setting for their in theirs], differences))
+    return found
 
 
 def _by_setting(title: str, names: Sequence[str], entries: Mapping[str, Mapping[str, Entry]]) -> Grid:
+    """Rows: settings; columns: what each is known of by name."""
     rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in entries.items())
     return Grid(title=title, head=("setting", *names), rows=rows, words=1)
 

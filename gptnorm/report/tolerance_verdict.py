@@ -111,8 +111,8 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
         )
         if study.shortlist:
             found.append(
-                "Nor does an interval hold which of two equal settings was taken; the tables of every setting that was "
-                "reported say how much of a difference hangs on that."
+                "Nor does an interval hold which of two equal settings was taken; the tables by the setting of each "
+                "say how much of a difference hangs on that."
             )
     if study.tuned_by_all != "all":
         where = "Elsewhere the setting" if found else "What is tuned beside the rate"

@@ -158,7 +158,7 @@ def test_the_setting_is_that_which_all_seeds_pick(tmp_path: Path) -> None:
     row = row_of(text, "Every setting that was reported, each at its own best rate", "options.qk\\_norm = a")
     assert numbers(row[1])[0] == pytest.approx(2.0)
     for setting, name in (("as it comes", ""), ("options.qk\\_norm = a", "a"), ("options.qk\\_norm = b", "b")):
-        row = row_of(text, "Loss minus base's tuned, with every setting of ours that was reported", setting)
+        row = row_of(text, "ours's loss minus base's, by ours's setting (rows) and base's (columns)", setting)
         assert numbers(row[1])[0] == pytest.approx(statistics.fmean(losses[name][1:]) - 1.5, abs=6e-5)
     assert "that of the lowest mean loss over all seeds, of those that all tried" in " ".join(
         notes(study, grids(study))
