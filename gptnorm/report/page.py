@@ -73,7 +73,7 @@ def prose(text: str) -> Markup:
 
 def head_cell(text: str) -> Markup:
     """The heading of a row; a dotted key may break after a dot."""
-    return tag("th", Markup(html.escape(text).replace(".", ".<wbr>")), scope="row")
+    return tag("th", Markup(re.sub(r"\.(?=[a-z])", ".<wbr>", html.escape(text))), scope="row")
 
 
 def data_cell(content: Content, class_: str = "") -> Markup:

@@ -218,14 +218,14 @@ def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
         losses.setdefault(track.setting, {})[track.strategy] = _loss_and_rate(track)
     found = [_by_setting(_title(REPORTED, place), names, losses)]
     theirs = [track for track in tracks if track.strategy == study.baseline]
-    for name in names if theirs else []:
-        ours = [track for track in tracks if track.strategy == name != study.baseline]
+    for name in study.others:
+        ours = [track for track in tracks if track.strategy == name]
         differences = {
             track.setting: {their.setting: _difference(Pair(ours=track, theirs=their)) for their in theirs}
             for track in ours
         }
         title = f"{name}'s loss minus {study.baseline}'s, by {name}'s setting (rows) and {study.baseline}'s (columns)"
-        if ours:
+        if ours and theirs:
             found.append(_by_setting(_title(title, place), [their.setting for their in theirs], differences))
     return found
 

@@ -72,6 +72,7 @@ Some = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_without_rep
 Number = float | None
 """None: missing, or not finite."""
 Amount = Annotated[float, Field(ge=0)] | None
+"""None: missing, or not finite."""
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 """Bounded so that it can be shown and computed with."""
 
