@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Group
 
+from gptnorm.plan.sizes import amount
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.elsewhere_table import elsewhere_grids
 from gptnorm.report.estimates import EDGE, difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
@@ -255,7 +256,7 @@ def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
         ("branch nonlinearity", lambda track: loss_entry(track.nonlinearity)),
         ("parameters", lambda track: count_text(track.parameters)),
         ("seconds per step", lambda track: _significant(track.step_seconds)),
-        ("peak memory, GiB", lambda track: _significant(track.memory, 2**30)),
+        ("peak memory", lambda track: MISSING if track.memory is None else amount(track.memory)),
     ]
     filled = [(head, entry) for head, entry in columns if any(entry(track) != MISSING for track in place.own.values())]
     if not filled:
@@ -368,5 +369,5 @@ def _gain(before: Track | None, after: Track | None) -> Estimate | None:
     return paired_difference(after.losses, before.losses)
 
 
-def _significant(value: float | None, unit: float = 1.0) -> str:
-    return MISSING if value is None else f"{value / unit:.3g}"
+def _significant(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}"

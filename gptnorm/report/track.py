@@ -62,7 +62,7 @@ class Trial:
     nonlinearity: float | None
     """Mean over blocks."""
     memory: float | None
-    """Peak bytes on a GPU."""
+    """Most bytes that tensors took at once; `gptnorm.study.aftermath`."""
     flops: float | None
     """Of the whole run; `gptnorm.plan.flops`."""
     elsewhere: Mapping[str, float | None]
@@ -344,7 +344,7 @@ class Track:
 
     @property
     def memory(self) -> float | None:
-        """Peak bytes on a GPU, the largest of any run."""
+        """Peak bytes, the largest of any run."""
         return max((trial.memory for trial in self.trials if trial.memory is not None), default=None)
 
     @property

@@ -5,7 +5,7 @@
 | signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
 | nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
 | | `flops`: of the whole run as it was planned, `gptnorm.plan.flops` |
-| | `memory`: on a GPU, most bytes that the run's tensors took at once, whatever is measured |
+| | `memory`: most bytes that tensors took at once, whatever is measured; on a CPU those of a step, as planned |
 | | `elsewhere`: loss on the validation windows of each of `Cell.evaluated`, as on the run's own; None if it diverged |
 """
 
@@ -26,6 +26,7 @@ from gptnorm.data import Shards
 from gptnorm.files import write_atomic
 from gptnorm.model import GPT, build_gpt
 from gptnorm.plan.flops import count_flops
+from gptnorm.plan.memory import MemoryModel
 from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
 from gptnorm.recipe import dump_toml
 from gptnorm.records import finite
@@ -77,10 +78,13 @@ def run_and_measure(
 
 
 def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tuple[Result, dict[str, Any]]:
-    """A run, and how much of a GPU's memory it took; what is measured afterwards may take more."""
+    """A run, and how much memory it took; what is measured afterwards may take more."""
     device = resolve_device(config.train.device)
     if device.type != "cuda":
-        return start_run(config, shards, folder, watcher), {}
+        result = start_run(config, shards, folder, watcher)
+        # What a CPU's allocator keeps for later hides what tensors take.
+        step = MemoryModel(config, check_vocab(config, shards), gpus=1, cuda=False)
+        return result, {"memory": step.use(config.train.batch_size // config.train.accumulate).total}
     torch.cuda.init()  # a process that has not used the device yet has no statistics to reset
     torch.cuda.reset_peak_memory_stats(device)
     result = start_run(config, shards, folder, watcher)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from allocator import allocated_peak, under
 from cases import ROWS, VOCAB, tiny_gpt
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from gptnorm.config import BackboneName, Precision
 from gptnorm.model import GPT
@@ -53,10 +51,6 @@ def text(sequences: int = 3) -> Tensor:
     return torch.randint(0, VOCAB, (sequences, LENGTH + 1))
 
 
-def under(precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
-
-
 def saved_bytes(model: GPT, tokens: Tensor, precision: Precision) -> int:
     """What autograd keeps, storages counted once, weights and tokens left out."""
     known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), tokens)}
@@ -70,21 +64,6 @@ def saved_bytes(model: GPT, tokens: Tensor, precision: Precision) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), under(precision):
         model.objective(tokens)
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def allocated_peak(model: GPT, tokens: Tensor, precision: Precision) -> int:
-    """The most that the CPU's allocator has given out during a pass."""
-
-    def one_pass() -> None:
-        with under(precision):
-            total = model.objective(tokens).total
-        total.backward()
-
-    one_pass()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        one_pass()
-    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 KEPT: list[tuple[str, Precision]] = [

@@ -7,10 +7,13 @@ import math
 from operator import attrgetter
 
 import pytest
+import torch
+from allocator import allocated_peak
 from rich.console import Console
 from study_folders import SMALL, everything, lines, outcomes
 
 from gptnorm.errors import UserError
+from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_tolerance
 from gptnorm.study.asked import as_settings, parse_rates
@@ -43,6 +46,23 @@ def ask(study, folder, *settings, **more):
 def plan(path, *overrides):
     recipe, kind = load_recipe(str(path)), Tolerance()
     return kind.plan(recipe, kind.read(recipe, overrides), overrides)
+
+
+def test_memory_is_what_a_step_takes(study, tmp_path):
+    found = {}
+    for strategy in ("prenorm", "simplenorm"):
+        settings = (f'study.strategies=["{strategy}"]', "study.seeds=[]", "train.batch_size=8")
+        folder = ask(study, tmp_path / strategy, *settings)
+        row = lines(folder)[0]
+        config = load_recipe(str(folder / row["run"] / "config.toml")).resolve([])
+        model = build_gpt(config, vocab=257, device=torch.device("cpu"))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.randint(0, 257, (8, config.train.seq_len + 1))
+        # Weights, gradients and AdamW's two moments stay; the pass comes on top.
+        found[strategy] = 16 * row["parameters"] + allocated_peak(model, tokens, "fp32")
+        assert row["memory"] == pytest.approx(found[strategy], rel=1e-3)
+    assert found["simplenorm"] > found["prenorm"]
 
 
 def test_seeds_that_pick_and_seeds_that_are_reported(study, tmp_path):
