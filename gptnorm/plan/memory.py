@@ -205,6 +205,15 @@ class MemoryModel:
             return trace_pass(model, **size, precision=train.precision, cuda=self.cuda)
 
 
+def cpu_step_bytes(config: Config, vocab: int) -> int:
+    """Most bytes that tensors take in a training step in one process on a CPU, uncompiled, with gradients in full.
+
+    Without `train.accumulate` gradients come up as activations go, and it is up to 4 bytes a parameter less.
+    """
+    train = config.train
+    return MemoryModel(config, vocab, gpus=1, cuda=False).use(train.batch_size // train.accumulate).total
+
+
 def optimizer_numbers(model: GPT, config: Config) -> int:
     """Numbers that the optimizer keeps: two per parameter, one per parameter of a matrix that Muon takes."""
     total = 2 * _numbers(model)

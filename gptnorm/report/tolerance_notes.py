@@ -184,8 +184,8 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
         "what it returns, mean over blocks; 0 is an affine map.",
         "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",
-        "peak memory": "Peak memory: most bytes that tensors took at once; on a CPU, where it is not measured, those "
-        "planned for a step.",
+        "peak memory": "Peak memory: most bytes that tensors took at once; on a CPU not measured, but planned for a "
+        "step, uncompiled and with the CPU's kernels.",
         "chosen setting": _tuning(study),
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
         "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",

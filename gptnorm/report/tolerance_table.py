@@ -250,13 +250,14 @@ def _settings(study: ToleranceStudy, place: Place) -> Grid:
 
 
 def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+    largest = max((track.memory or 0 for track in place.own.values()), default=0)
     columns: list[tuple[str, Callable[[Track], Entry]]] = [
         ("spikes", lambda track: MISSING if track.spikes is None else f"{track.spikes.value:.3g}"),
         ("validation gap", lambda track: difference_entry(track.gap)),
         ("branch nonlinearity", lambda track: loss_entry(track.nonlinearity)),
         ("parameters", lambda track: count_text(track.parameters)),
         ("seconds per step", lambda track: _significant(track.step_seconds)),
-        ("peak memory", lambda track: MISSING if track.memory is None else amount(track.memory)),
+        ("peak memory", lambda track: MISSING if track.memory is None else amount(track.memory, unit_of=largest)),
     ]
     filled = [(head, entry) for head, entry in columns if any(entry(track) != MISSING for track in place.own.values())]
     if not filled:

@@ -344,7 +344,7 @@ class Track:
 
     @property
     def memory(self) -> float | None:
-        """Peak bytes, the largest of any run."""
+        """That of the run that took most."""
         return max((trial.memory for trial in self.trials if trial.memory is not None), default=None)
 
     @property

@@ -5,7 +5,7 @@
 | signal | `signal`: `gptnorm.study.signal`, at initialisation ("init") and the end ("trained", None if it diverged) |
 | nonlinearity | `nonlinearity`: `gptnorm.probe.linearity`, a number per block, at the end; None if it diverged |
 | | `flops`: of the whole run as it was planned, `gptnorm.plan.flops` |
-| | `memory`: most bytes that tensors took at once, whatever is measured; on a CPU those of a step, as planned |
+| | `memory`: most bytes that tensors took at once: of the run on a GPU, of a step on a CPU, as planned |
 | | `elsewhere`: loss on the validation windows of each of `Cell.evaluated`, as on the run's own; None if it diverged |
 """
 
@@ -26,7 +26,7 @@ from gptnorm.data import Shards
 from gptnorm.files import write_atomic
 from gptnorm.model import GPT, build_gpt
 from gptnorm.plan.flops import count_flops
-from gptnorm.plan.memory import MemoryModel
+from gptnorm.plan.memory import cpu_step_bytes
 from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
 from gptnorm.recipe import dump_toml
 from gptnorm.records import finite
@@ -45,10 +45,13 @@ def run_and_measure(
     """A run, and the fields of the module's table."""
     config, measured, shards = cell.config, cell.measured, texts[cell.text]
     if measured is None:
-        return _train(config, shards, folder, watcher)
+        return start_run(config, shards, folder, watcher), {}
     # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it.
     checkpointed = replace(config, checkpoint=replace(config.checkpoint, final=True))
-    result, memory = _train(checkpointed, shards, folder, watcher)
+    if measured == "signal":
+        result, memory = start_run(checkpointed, shards, folder, watcher), {}
+    else:
+        result, memory = _train(checkpointed, shards, folder, watcher)
 
     model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
     found: dict[str, Any] = {"init": None, "trained": None}
@@ -70,7 +73,7 @@ def run_and_measure(
             shutil.rmtree(checkpoint)
     write_atomic(folder / "config.toml", dump_toml(config))
     if measured == "signal":
-        return result, {**memory, "signal": found}
+        return result, {"signal": found}
     train = config.train
     flops = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
     other = {"elsewhere": elsewhere} if elsewhere else {}
@@ -81,10 +84,9 @@ def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tu
     """A run, and how much memory it took; what is measured afterwards may take more."""
     device = resolve_device(config.train.device)
     if device.type != "cuda":
-        result = start_run(config, shards, folder, watcher)
-        # What a CPU's allocator keeps for later hides what tensors take.
-        step = MemoryModel(config, check_vocab(config, shards), gpus=1, cuda=False)
-        return result, {"memory": step.use(config.train.batch_size // config.train.accumulate).total}
+        # Not measured, for a CPU's allocator keeps more than tensors take. What cannot be traced fails untrained.
+        memory = cpu_step_bytes(config, check_vocab(config, shards))
+        return start_run(config, shards, folder, watcher), {"memory": memory}
     torch.cuda.init()  # a process that has not used the device yet has no statistics to reset
     torch.cuda.reset_peak_memory_stats(device)
     result = start_run(config, shards, folder, watcher)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptnorm.config import Config
 from gptnorm.recipe import HOW, Recipe, to_tree
-from gptnorm.study.cell import TEXT
+from gptnorm.study.cell import TEXT, text_name
 from gptnorm.study.ladder import SETS
 from gptnorm.study.ledger import split
 from gptnorm.study.schema import Facts
@@ -16,6 +17,10 @@ from gptnorm.tables import flatten
 
 VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
 """What differs from run to run in every study."""
+
+FILES = ("data.path", "data.tokenizer")
+"""What may be files of one's own. A ledger has their names alone, so that it goes on, and is joined, where they lie in
+another folder, and does not tell in which they lie; `data.fingerprint` says what they hold."""
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
@@ -30,11 +35,23 @@ def split_settings(cells: list[Cell]) -> dict[str, Any]:
     by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
         settings = {key: value for key, value in flatten(to_tree(cell.config)).items() if not key.startswith(HOW)}
+        settings.pop("data.cache")
         placed = [key for key, _ in (*cell.setup.place, *cell.setup.follows)]
         for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ()), *placed):
             settings.pop(varied, None)
-        by_strategy.setdefault(cell.strategy, settings)
+        by_strategy.setdefault(cell.strategy, _files_by_name(settings))
     return split(by_strategy)
+
+
+def _files_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _file_name(value) if key in FILES else value for key, value in settings.items()}
+
+
+def _file_name(value: Any) -> Any:
+    """Of a path, or of each in a list; what is no path (a built-in text) keeps its own."""
+    if isinstance(value, str):
+        return Path(value).name or value
+    return [_file_name(path) for path in value] if isinstance(value, list | tuple) else value
 
 
 def describe_study(
@@ -49,6 +66,10 @@ def describe_study(
     study, first = plan.study, plan.samples[0]
     data, described = first.config.data, describe_texts(plan.samples, texts)
     text = dict(described[first.text])
+    mapped = TEXT in dict(first.setup.place)
+    if not mapped:
+        own = text_name(_file_name(data.path))
+        described = {own if name == first.text else name: about for name, about in described.items()}
     entropy = text.pop("unigram_entropy")
     del text["trained"]
     return {
@@ -60,11 +81,11 @@ def describe_study(
         "seeds": list(study.seeds),
         **plan.describe(),
         "data": {
-            "path": data.path if isinstance(data.path, str) else list(data.path),
-            "tokenizer": data.tokenizer,
+            "path": _file_name(data.path),
+            "tokenizer": _file_name(data.tokenizer),
             **text,
         },
-        **({"texts": described} if len(described) > 1 or TEXT in dict(first.setup.place) else {}),
+        **({"texts": described} if len(described) > 1 or mapped else {}),
         "settings": {**split_settings(plan.samples), "recipe": _said(recipe, overrides)},
         "environments": [{**{k: v for k, v in environment.items() if k != "started"}, **_how(first)}],
         "unigram_entropy": entropy,
@@ -81,4 +102,5 @@ def _how(cell: Cell) -> dict[str, Any]:
 
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
-    return {key: value for key, value in said.items() if key not in VARIED and not key.startswith(HOW)}
+    left_out = (*VARIED, "data.cache")
+    return _files_by_name({k: v for k, v in said.items() if k not in left_out and not k.startswith(HOW)})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gptnorm.plan.memory import MemoryModel
+from gptnorm.plan.memory import cpu_step_bytes
 from gptnorm.study.cell import Cell
 
 PROCESS_BYTES = 3 * 2**28
@@ -25,10 +25,8 @@ def workers_for(samples: Sequence[Cell], device: torch.device, vocab: int) -> in
     room = memory_available()
     if cores() < 2 or room is None:
         return cores()
-    config = max(samples, key=_step_size).config
-    train = config.train
-    use = MemoryModel(config, vocab, gpus=1, cuda=False).use(train.batch_size // train.accumulate)
-    return max(1, min(cores(), room // (use.total + PROCESS_BYTES)))
+    step = cpu_step_bytes(max(samples, key=_step_size).config, vocab)
+    return max(1, min(cores(), room // (step + PROCESS_BYTES)))
 
 
 def cores() -> int:

@@ -22,6 +22,7 @@ from gptnorm.recipe import HOW
 from gptnorm.report import load_study
 from gptnorm.study import run
 from gptnorm.study.grid import Grid
+from gptnorm.study.join import join_studies
 from gptnorm.study.ledger import OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
@@ -116,6 +117,23 @@ def test_other_text_is_another_study(study, tmp_path):
     text.write_text("".join(f"Line {i} of other text.\n" for i in range(2000)))
     with pytest.raises(OtherStudy, match=r"data\.fingerprint"):
         ask(study, folder, *settings)
+
+
+def test_own_files_may_lie_elsewhere(study, tmp_path):
+    for home in ("mine", "yours"):
+        (tmp_path / home).mkdir()
+        (tmp_path / home / "text.txt").write_text("".join(f"Line {i} of some text.\n" for i in range(2000)))
+
+    def of(home):
+        return f"data.path={tmp_path / home / 'text.txt'}", f"data.cache={tmp_path / home}", "data.val_fraction=0.5"
+
+    folder = ask(study, tmp_path / "out", *of("mine"))
+    ask(study, folder, *of("yours"), "study.seeds=[4]")
+    facts = json.loads((folder / "study.json").read_text())
+    assert facts["data"]["path"] == facts["settings"]["shared"]["data.path"] == "text.txt"
+    assert str(tmp_path) not in json.dumps({key: facts[key] for key in facts.keys() - {"commands"}})
+    part = ask(study, tmp_path / "part", *of("yours"), "study.seeds=[5]")
+    assert join_studies([part], folder) == 2
 
 
 def test_begun_again_on_demand(study, tmp_path):

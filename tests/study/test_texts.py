@@ -143,7 +143,9 @@ def test_one_text_with_others_beside_it(study, text, other, tmp_path):
     assert all(set(row["elsewhere"]) == {other} and "place" not in row for row in lines(folder))
     rows = len(lines(folder))
     ask(study, folder, "study.seeds=[7]", "study.report=all")
-    assert json.loads((folder / "study.json").read_text())["tolerance"]["evaluate"] == [other], "what was said stays"
+    facts = json.loads((folder / "study.json").read_text())
+    assert facts["tolerance"]["evaluate"] == [other], "what was said stays"
+    assert set(facts["texts"]) == {text.name, other}
     assert len(lines(folder)) > rows
     assert all(set(row["elsewhere"]) == {other} for row in lines(folder))
     with pytest.raises(OtherStudy, match=r"study\.evaluate = \['deep/other\.txt'\], not \['sotu'\]"):
