@@ -15,8 +15,8 @@ from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, describe_texts
 from gptnorm.tables import flatten
 
-VARIED = ("model.strategy", "optim.lr", "seed", "run.dir")
-"""What differs from run to run in every study."""
+VARIED = ("model.strategy", "optim.lr", "seed", "run.dir", "data.cache")
+"""What differs from run to run in every study, and where a machine keeps its shards."""
 
 FILES = ("data.path", "data.tokenizer")
 """What may be files of one's own. A ledger has their names alone, so that it goes on, and is joined, where they lie in
@@ -35,7 +35,6 @@ def split_settings(cells: list[Cell]) -> dict[str, Any]:
     by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
         settings = {key: value for key, value in flatten(to_tree(cell.config)).items() if not key.startswith(HOW)}
-        settings.pop("data.cache")
         placed = [key for key, _ in (*cell.setup.place, *cell.setup.follows)]
         for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ()), *placed):
             settings.pop(varied, None)
@@ -66,9 +65,9 @@ def describe_study(
     study, first = plan.study, plan.samples[0]
     data, described = first.config.data, describe_texts(plan.samples, texts)
     text = dict(described[first.text])
-    mapped = TEXT in dict(first.setup.place)
-    if not mapped:
-        own = text_name(_file_name(data.path))
+    mapped, own = TEXT in dict(first.setup.place), text_name(_file_name(data.path))
+    # One that is evaluated on may have the same name and be another.
+    if not mapped and described.get(own, text)["fingerprint"] == text["fingerprint"]:
         described = {own if name == first.text else name: about for name, about in described.items()}
     entropy = text.pop("unigram_entropy")
     del text["trained"]
@@ -102,5 +101,4 @@ def _how(cell: Cell) -> dict[str, Any]:
 
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
-    left_out = (*VARIED, "data.cache")
-    return _files_by_name({k: v for k, v in said.items() if k not in left_out and not k.startswith(HOW)})
+    return _files_by_name({k: v for k, v in said.items() if k not in VARIED and not k.startswith(HOW)})
