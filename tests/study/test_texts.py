@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,14 @@ def test_one_text_with_others_beside_it(study, text, other, tmp_path):
     assert all(set(row["elsewhere"]) == {other} for row in lines(folder))
     with pytest.raises(OtherStudy, match=r"study\.evaluate = \['deep/other\.txt'\], not \['sotu'\]"):
         ask(study, folder, 'study.evaluate=["sotu"]')
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_text_of_the_same_name(study, text, other, tmp_path, same):
+    shutil.copy(text if same else other, tmp_path / text.name)
+    settings = (f"data.path={text}", f'study.evaluate=["{text.name}"]')
+    facts = json.loads((ask(study, tmp_path / "out", *settings) / "study.json").read_text())
+    assert set(facts.get("texts", ())) == (set() if same else {str(text), text.name})
 
 
 def test_shards_that_do_not_say_their_tokens_and_texts_that_are_too_short(study, text, other, tmp_path):
