@@ -10,7 +10,9 @@ would have recovered for a failure, which moves the edge down.
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +25,19 @@ from gptnorm.study.measures import judged
 RUNS = 60
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """What a study spent on runs that failed."""
+
+    study: str
+    edges: bool
+    """Whether it looks for them."""
+    runs: int
+    failed: int
+    share: float
+    """Of the time."""
+
+
 def failed(track: Track) -> list[Trial]:
     """Its runs that came to their end and were not stable, each seed's judged by that seed's own best."""
     found = []
@@ -33,24 +48,38 @@ def failed(track: Track) -> list[Trial]:
     return found
 
 
-def seconds(trials: list[Trial]) -> float:
-    """That they took together."""
+def failures(root: Path) -> Iterator[Failures]:
+    """Of every study there that is large enough."""
+    for path in sorted(root.glob("*/study.json")):
+        if not is_tolerance(path.parent):
+            continue
+        study = load_tolerance(path.parent)
+        tracks = [track for place in study.places for track in place.tracks]
+        trials = [trial for track in tracks for trial in track.trials]
+        if len(trials) >= RUNS:
+            lost = [trial for track in tracks for trial in failed(track)]
+            yield Failures(
+                study=path.parent.name,
+                edges=study.follows_rates,
+                runs=len(trials),
+                failed=len(lost),
+                share=_seconds(lost) / _seconds(trials),
+            )
+
+
+def _seconds(trials: list[Trial]) -> float:
     return sum(trial.cell.seconds or 0.0 for trial in trials)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="where the ledgers are kept: docs/results")
     table = Table(title="Runs that ended unstable though finite")
-    for head in ("study", "runs", "such", "share of time"):
+    for head in ("study", "looks for edges", "runs", "such", "share of time"):
         table.add_column(head, justify="left" if head == "study" else "right")
-    for path in sorted(Path(sys.argv[1]).glob("*/study.json")):
-        if not is_tolerance(path.parent):
-            continue
-        tracks = [track for place in load_tolerance(path.parent).places for track in place.tracks]
-        trials = [trial for track in tracks for trial in track.trials]
-        if len(trials) >= RUNS:
-            lost = [trial for track in tracks for trial in failed(track)]
-            share = seconds(lost) / seconds(trials)
-            table.add_row(path.parent.name, str(len(trials)), str(len(lost)), f"{100 * share:.0f} %")
+    for found in failures(parser.parse_args().root):
+        edges = "yes" if found.edges else "no"
+        table.add_row(found.study, edges, str(found.runs), str(found.failed), f"{100 * found.share:.0f} %")
     Console(width=100).print(table)
 
 

@@ -134,6 +134,19 @@ def test_pages_made_by_scripts_are_those_of_their_ledgers(script: str, page: str
     assert (results / page).read_text(encoding="utf-8") == load_script(script).page(results)
 
 
+def test_what_ending_runs_early_could_save_is_what_the_ledgers_say() -> None:
+    found = list(load_script("early_stop").failures(ROOT / "docs" / "results"))
+    (five,) = (study.share for study in found if study.study == "tolerance")
+    most = {edges: max(study.share for study in found if study.edges == edges) for edges in (True, False)}
+    page = " ".join((ROOT / "docs" / "tolerance.md").read_text(encoding="utf-8").split())
+    for words in (
+        f"would save {100 * five:.0f} % of the time of [the study of five strategies]",
+        f"at most {100 * most[True]:.0f} % of any here that looks for edges",
+        f"at most {100 * most[False]:.0f} % of any that does not",
+    ):
+        assert words in page
+
+
 def test_what_was_measured_is_what_the_ledgers_say() -> None:
     """And no strategy is missing."""
     from gptnorm.strategies import STRATEGIES
