@@ -27,6 +27,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+def left_half(path: Path, name: str) -> bool:
+    """Whether a kill left it where `write_atomic` was writing the file of that name."""
+    return path.name.startswith(f".{name}.")
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside a folder durable, where the system can."""
     try:

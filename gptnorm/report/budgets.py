@@ -104,14 +104,19 @@ def at_equal_time(
 ) -> Estimate | None:
     """Our loss minus the baseline's at `budget`, we being given the same time, seed by seed.
 
+    Over the seeds that have both, and all budgets that any has; the others are still to come.
+
     Args:
         slowdown: for each seed, our seconds per step over the baseline's.
 
     Returns:
-        None where no seed has both, or the time is that of a budget outside ours.
+        None where no seed is left, or the time of one is that of a budget outside ours: near the first and the last
+        budget it is chance whose time is inside, and those alone would be a selection.
     """
-    our_loss = {seed: loss_at(ours[seed], budget / slowdown[seed]) for seed in ours.keys() & slowdown.keys()}
-    return paired_difference(
-        {seed: loss for seed, loss in our_loss.items() if loss is not None},
-        {seed: curve[budget] for seed, curve in theirs.items() if budget in curve},
-    )
+    budgets = set().union(*ours.values())
+    whole = {seed for seed, curve in ours.items() if curve.keys() == budgets and seed in slowdown}
+    our_loss = {seed: loss_at(ours[seed], budget / slowdown[seed]) for seed in whole if budget in theirs.get(seed, {})}
+    known = {seed: loss for seed, loss in our_loss.items() if loss is not None}
+    if len(known) < len(our_loss):
+        return None
+    return paired_difference(known, {seed: theirs[seed][budget] for seed in known})

@@ -127,9 +127,9 @@ class Track:
     @property
     def kept_cost(self) -> float | None:
         """Nats that the last rung loses at the first rung's best rate of the grid, against its own best; infinite if
-        it is not stable there."""
+        it is not stable there. None where either best is an end of the rates tried, and so no optimum."""
         first, last = self.levels[0].best, self.levels[-1].best
-        if first is None or last is None:
+        if first is None or last is None or not (first.is_optimum and last.is_optimum):
             return None
         points = {point.lr: point.loss for point in mean_points(self.levels[-1].row, self.levels[-1].entropy)}
         if first.grid_lr not in points:

@@ -45,6 +45,9 @@ from gptnorm.study.measures import Estimate, Kept
 RATE = "largest stable rate"
 """Names its panel, whose numbers are ratios."""
 
+_Compared = tuple[Estimate | None, bool]
+"""Ours against the baseline's, and whether a best that it stands on is an end of what was tried."""
+
 _WIDTH = 4.8
 _PANEL = 3.7
 _PALE = 0.4
@@ -271,16 +274,14 @@ def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     """(what, SVG) pairs: every strategy against the baseline over places; none for fewer than two.
 
     Loss minus the baseline's, as strategies come and tuned, that on every other text, and the ratio of the edges, with
-    their intervals. Only a lower end: a triangle there.
+    their intervals. Only a lower end: a triangle there. "edge": what stands on an end of what was tried.
     """
     if len(study.places) < 2:
         return []
 
-    def over_places(
-        value: Callable[[Pair], Estimate | None], *, tuned: bool = False
-    ) -> list[dict[str, Estimate | None]]:
+    def over_places(value: Callable[[Pair], Estimate | None], *, tuned: bool = False) -> list[dict[str, _Compared]]:
         pairs = [place.pairs(tuned=tuned) for place in study.places]
-        return [{name: value(pair) for name, pair in at_place.items()} for at_place in pairs]
+        return [{name: (value(pair), pair.at_end) for name, pair in at_place.items()} for at_place in pairs]
 
     found = [("loss", over_places(lambda pair: pair.difference))]
     if study.tune:
@@ -292,11 +293,11 @@ def place_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     return [
         (what, _place_panel(study, what, values, f"places{index}"))
         for index, (what, values) in enumerate(found)
-        if any(value for at_place in values for value in at_place.values())
+        if any(value for at_place in values for value, _ in at_place.values())
     ]
 
 
-def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str, Estimate | None]], prefix: str) -> str:
+def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str, _Compared]], prefix: str) -> str:
     others, base = list(study.others), study.baseline
     with style():
         names = [", ".join(value_text(value) for _, value in place.told) for place in study.places]
@@ -309,7 +310,7 @@ def _place_panel(study: ToleranceStudy, what: str, values: Sequence[Mapping[str,
         joined = [_a_line_joins(*pair) for pair in pairwise(study.places)]
         for index, name in enumerate(others):
             shift = 0.5 * (index - (len(others) - 1) / 2) / max(len(others), 3)
-            points = [(x + shift, at_place.get(name)) for x, at_place in enumerate(values)]
+            points = [(x + shift, *at_place.get(name, (None, False))) for x, at_place in enumerate(values)]
             _draw_points(axes, name, points, joined, look(study.about.strategies.index(name)))
         if what == RATE:
             log_ticks(axes.yaxis)
@@ -331,7 +332,7 @@ def _a_line_joins(place: Place, following: Place) -> bool:
 
 
 def _draw_points(
-    axes: Axes, name: str, points: Sequence[tuple[float, Estimate | None]], joined: Sequence[bool], how: Look
+    axes: Axes, name: str, points: Sequence[tuple[float, Estimate | None, bool]], joined: Sequence[bool], how: Look
 ) -> None:
     """Each place's value with its interval; of one known from below only, a triangle at the lower end.
 
@@ -339,7 +340,7 @@ def _draw_points(
         joined: between each two neighbours, whether a line is drawn; there is none to or from one without a value.
     """
     lines: list[tuple[float, float]] = []
-    for (x, found), join in zip(points, [False, *joined], strict=True):
+    for (x, found, _), join in zip(points, [False, *joined], strict=True):
         lower_end = found is not None and found.low is not None and found.high is None
         if not join:
             lines.append((np.nan, np.nan))
@@ -352,7 +353,10 @@ def _draw_points(
         marker=how.marker,
         label=name,
     )
-    for x, found in points:
+    for x, found, at_end in points:
+        if found is not None and at_end:
+            at = found.low if found.low is not None and found.high is None else found.value
+            axes.annotate("edge", (x, at), xytext=(4, 4), textcoords="offset points", fontsize=8, color=MUTED)
         if found is None or found.low is None:
             continue
         if found.high is not None:

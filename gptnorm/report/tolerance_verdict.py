@@ -29,9 +29,9 @@ def answer(study: ToleranceStudy) -> list[str]:
         return [f"There is nothing to compare yet: {what}.", *(partial_notes(study) if study.places else [])]
     if len(study.places) == 1:
         (place,) = study.places
-        found = [*_lowest(study, place), *_tolerance(study, place), *_tuned(study, place), *_ends(place)]
+        found = [*_lowest(study, place), *_tolerance(study, place), *_tuned(study, place), *_ends(study, place)]
     else:
-        found = [*_lowest_of_many(study), *_against_of_many(study), *scaling_answer(study)]
+        found = [*_lowest_of_many(study), *_against_of_many(study), *_ends_of_many(study), *scaling_answer(study)]
     return [*found, *partial_notes(study)]
 
 
@@ -219,15 +219,18 @@ def _open_ends(place: Place) -> list[str]:
     ]
 
 
-def _ends(place: Place) -> list[str]:
+def _ends(study: ToleranceStudy, place: Place) -> list[str]:
     sentences = []
-    for end, direction in (("highest", "higher"), ("lowest", "lower")):
-        names = [track.strategy for track in place.own.values() if track.end == end]
-        if names:
-            sentences.append(
-                f"For {names_text(names)} the best is the {end} rate tried, so it is no result: a {direction} one may "
-                "do better."
-            )
+    others = [track for track in place.tuned.values() if track.variant]
+    what = f", {names_text(list(study.tune))} tuned," if study.tune else ""
+    for tracks, said in ((list(place.own.values()), ""), (others, what)):
+        for end, direction in (("highest", "higher"), ("lowest", "lower")):
+            names = [track.strategy for track in tracks if track.end == end]
+            if names:
+                sentences.append(
+                    f"For {names_text(names)}{said} the best is the {end} rate tried, so it is no result: a "
+                    f"{direction} one may do better."
+                )
     none = [track.strategy for track in place.own.values() if track.picked and track.best is None]
     if none:
         sentences.append(f"For {names_text(none)} no rate is stable.")
@@ -245,19 +248,30 @@ def _lowest_of_many(study: ToleranceStudy) -> list[str]:
     return [f"Lowest loss, each strategy at its own best rate{flattered}: {names_text(told)}."]
 
 
+def _ends_of_many(study: ToleranceStudy) -> list[str]:
+    tracks = [(*place.own.values(), *place.tuned.values()) for place in study.places]
+    count = sum(any(track.at_end for track in at_place) for at_place in tracks)
+    if not count:
+        return []
+    return [
+        f"At {count} of {plural(len(tracks), 'place')} some best is an end of what was tried: what is compared with it "
+        "is no result."
+    ]
+
+
 def _against_of_many(study: ToleranceStudy) -> list[str]:
     sentences = []
     pairs, tuned = ([place.pairs(tuned=which) for place in study.places] for which in (False, True))
     for name in study.others[:MOST_NAMED]:
         found = [at_place[name] for at_place in pairs if name in at_place]
-        losses = [pair.difference for pair in found]
+        losses = [(pair.difference, pair.at_end) for pair in found]
         says = f"Against {study.baseline}, {name} has {_counted(losses, 0.0, 'a lower loss', 'a higher one', -1)}"
         if study.follows_rates:
-            rates = [pair.edge_ratio for pair in found]
+            rates = [(pair.edge_ratio, pair.at_end) for pair in found]
             says += f", and tolerates {_counted(rates, 1.0, 'a higher learning rate', 'a lower one', 1)}"
         sentences.append(f"{says}.")
         if study.tune:
-            losses = [at_place[name].difference for at_place in tuned if name in at_place]
+            losses = [(at_place[name].difference, at_place[name].at_end) for at_place in tuned if name in at_place]
             count = _counted(losses, 0.0, "a lower loss", "a higher one", -1)
             sentences.append(f"With {names_text(list(study.tune))} tuned for both it has {count}.")
     if len(study.others) > MOST_NAMED:
@@ -265,15 +279,24 @@ def _against_of_many(study: ToleranceStudy) -> list[str]:
     return sentences
 
 
-def _counted(found: Sequence[Estimate | None], zero: float, good: str, bad: str, sign: int) -> str:
-    """ "a lower loss at 2 of 4 places (at 1 it cannot be told, at 1 nothing can be compared)"."""
-    known = Counter(side(value, zero) for value in found)
-    missing = sum(value is None for value in found)
-    unsure = known[0] + known[None] - missing
+def _counted(found: Sequence[tuple[Estimate | None, bool]], zero: float, good: str, bad: str, sign: int) -> str:
+    """ "a lower loss at 2 of 4 places (at 1 it cannot be told, at 1 nothing can be compared)".
+
+    Args:
+        found: each with whether it stands on an end of what was tried.
+    """
+    missing = sum(value is None for value, _ in found)
+    ends = sum(at_end for value, at_end in found if value is not None)
+    known = Counter(side(value, zero) for value, at_end in found if value is not None and not at_end)
+    unsure = known[0] + known[None]
     text = f"{good} at {known[sign]} of {plural(len(found), 'place')}"
     if known[-sign]:
         text += f", {bad} at {known[-sign]}"
-    counts = ((unsure, "it cannot be told"), (missing, "nothing can be compared"))
+    counts = (
+        (unsure, "it cannot be told"),
+        (ends, "a best is an end of what was tried"),
+        (missing, "nothing can be compared"),
+    )
     asides = [f"at {count} {words}" for count, words in counts if count]
     return text + (f" ({', '.join(asides)})" if asides else "")
 

@@ -241,11 +241,14 @@ class Track:
     @cached_property
     def losses(self) -> dict[int, float]:
         """At the rate of each, by reported seed; those that failed there are missing."""
-        found = {seed: self._at_best(seed) for seed in self.seeds}
+        found = {
+            seed: next((point for point in self.curve(seed) if point.lr == self.rate_by_seed.get(seed)), None)
+            for seed in self.seeds
+        }
         return {
-            seed: trial.point.loss
-            for seed, trial in found.items()
-            if trial is not None and trial.point.stable and trial.point.loss is not None
+            seed: point.loss
+            for seed, point in found.items()
+            if point is not None and point.stable and point.loss is not None
         }
 
     @property

@@ -55,8 +55,8 @@ def parse_rates(text: str) -> tuple[float, ...]:
         rates = [float(part) for part in (ends if len(ends) > 1 else text.split(","))]
     except ValueError:
         raise bad_value("--lrs", text, ALLOWED) from None
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise bad_value("--lrs", text, "must be above 0 and finite")
+    if not all(1e-30 <= rate <= 1e30 for rate in rates):
+        raise bad_value("--lrs", text, "must be between 1e-30 and 1e30")
     if len(ends) == 1:
         return tuple(rates)
     if len(ends) != 2 or rates[0] >= rates[1]:

@@ -25,12 +25,15 @@ Report = Literal["all", "near", "around", "neighbours", "best"]
 Axes = dict[str, tuple[Any, ...]]
 """Dotted settings, each with the values it takes."""
 
-RESERVED = ("model.strategy", "optim.lr", "seed")
-"""Settings that every study sets from cell to cell."""
+RESERVED = ("model.strategy", "optim.lr", "seed", "train.log_every")
+"""Settings that every study sets itself."""
 
 FIXED = ("data.", "run.", "checkpoint.", "watch.", "gauge.", "parallel.", "study.")
 """Tables whose settings are the same in all cells, but for `TEXT` from place to place, each of which is a comparison of
 its own: the runs would not be comparable, or not be made otherwise."""
+
+Rate = Annotated[float, Field(ge=1e-30, le=1e30)]
+"""A peak learning rate, with room to go on beyond."""
 
 BUDGET = ("model.", "moe.", "train.")
 """Tables whose settings make a run longer or a model larger: what has more of it has won nothing."""
@@ -44,7 +47,7 @@ class StudyConfig:
     """Heads the report."""
     strategies: Annotated[tuple[str, ...], Field(min_length=1)]
     """Rows of the table; each with its own defaults, on the recipe's shared settings."""
-    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    lrs: Annotated[tuple[Rate, ...], Field(min_length=1)]
     """Peak learning rates: the columns."""
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)]
     """Each draws the weights and the order of the data, the same for every strategy and rate."""
@@ -71,7 +74,7 @@ class StudyConfig:
 class ToleranceConfig(StudyConfig):
     """A tolerance study: the grid is where the search for each strategy's best rate and edge begins."""
 
-    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+    lrs: Annotated[tuple[Rate, ...], Field(min_length=2)]
     """Peak learning rates to begin with; from the first to the last the sensitivity is taken."""
     seeds: tuple[Count, ...] = ()
     """Seeds that are reported. None: a screening, by the seeds that pick."""
@@ -175,7 +178,9 @@ def read_places(study: ToleranceConfig) -> list[Pairs]:
         if sorted(table) != sorted(names) or not table:
             raise bad_value("study.places", table, f"must set the same as the first: {', '.join(names) or 'something'}")
     for name in names:
-        _refuse_fixed(name, f"study.places.{name}", [table[name] for table in tables])
+        values = [table[name] for table in tables]
+        _refuse_fixed(name, f"study.places.{name}", values)
+        _refuse_tables(f"study.places.{name}", values)
     places = [as_pairs(table) for table in tables]
     if len(set(places)) != len(places):
         raise bad_value("study.places", tables, "must not repeat an entry")
@@ -195,6 +200,14 @@ def _refuse_fixed(name: str, where: str, values: Any) -> None:
         raise bad_value(where, values, "the study sets it itself, or keeps it the same in every run")
 
 
+def _refuse_tables(where: str, values: list[Any]) -> None:
+    for value in values:
+        try:
+            hash(hashable(value))
+        except TypeError:
+            raise bad_value(where, value, "must be a value of the setting, not a table") from None
+
+
 def read_axes(table: dict[str, Any], key: str) -> Axes:
     """`{"init.std": ["published", "twin"]}`, from a table with dotted or nested keys.
 
@@ -209,6 +222,7 @@ def read_axes(table: dict[str, Any], key: str) -> Axes:
             raise bad_value(where, values, "is part of the budget, which is the same for all; compare with study.map")
         if not isinstance(values, list) or not values:
             raise bad_value(where, values, "must be a list of its values, such as [0.0, 0.1]")
+        _refuse_tables(where, values)
         if len({repr(value) for value in values}) != len(values):
             raise bad_value(where, values, "must not repeat an entry")
         axes[name] = tuple(map(hashable, values))

@@ -100,7 +100,8 @@ def make_cells(recipe: Recipe, study: StudyConfig, overrides: tuple[str, ...]) -
             lr=lr,
             seed=seed,
             config=recipe.resolve(
-                [*shared, *(rung.overrides if rung else ()), f"optim.lr={lr!r}", f"seed={seed}"], strategy=strategy
+                [*shared, *(rung.overrides if rung else ()), *EVERY_RUN, f"optim.lr={lr!r}", f"seed={seed}"],
+                strategy=strategy,
             ),
             rung=rung,
             measured="signal" if rung else None,
@@ -112,8 +113,17 @@ def make_cells(recipe: Recipe, study: StudyConfig, overrides: tuple[str, ...]) -
     ]
 
 
-SET_BY_STUDY = {"model.strategy": "strategies", "optim.lr": "lrs", "seed": "seeds", "run.dir": ""}
-"""The settings that every study sets from cell to cell, each with the key to look at instead."""
+SET_BY_STUDY = {
+    "model.strategy": "strategies",
+    "optim.lr": "lrs",
+    "seed": "seeds",
+    "run.dir": "",
+    "train.log_every": "",
+}
+"""The settings that every study sets itself, each with the key to look at instead."""
+
+EVERY_RUN = ("train.log_every=1",)
+"""Whether a run is stable, and its spikes, are read off the loss of every step, whatever the recipe logs."""
 
 
 def shared_overrides(overrides: tuple[str, ...], set_by: dict[str, str]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
-from gptnorm.files import write_atomic
+from gptnorm.files import left_half, write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
 from gptnorm.study.cell import TEXT, text_name
@@ -126,7 +126,7 @@ class Ledger:
             lines = read_cells(self.folder / "cells.jsonl")
             _end_the_last_line(self.folder / "cells.jsonl")
             self.done = {line["run"]: line for line in lines}
-        elif any(path.name not in self._beside for path in self.folder.iterdir()):
+        elif any(path.name not in self._beside and not left_half(path, "study.json") for path in self.folder.iterdir()):
             raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
 
     def _release(self) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -292,20 +292,27 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean_of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
+def _rate_mean(values: Sequence[float]) -> Estimate:
+    """`geometric_mean`, without an interval for two: rates are known from a few that were tried, and where both fall
+    between the same two an interval would hold nothing of how much seeds differ."""
+    found = geometric_mean(values)
+    return found if len(values) > 2 else replace(found, low=None, high=None)
+
+
 def mean_rate(brackets: Sequence[Bracket]) -> Bound | None:
     """The geometric mean of rates over seeds, each known between two; None without one.
 
-    Its interval runs from the lower end of that of the lower rates to the upper end of that of the upper ones, so that
-    it also holds how closely the rates are known. Where a seed has no upper one, the value is that of the lower rates,
-    and there is no upper end.
+    Its interval, which takes three seeds, runs from the lower end of that of the lower rates to the upper end of that
+    of the upper ones, so that it also holds how closely the rates are known. Where a seed has no upper one, the value
+    is that of the lower rates, and there is no upper end.
     """
     if not brackets:
         return None
-    low = geometric_mean([a for a, _ in brackets])
+    low = _rate_mean([a for a, _ in brackets])
     uppers = [b for _, b in brackets if b is not None]
     if len(uppers) < len(brackets):
         return Bound(value=low.value, low=low.low, high=None, seeds=low.seeds, at_least=True)
-    high = geometric_mean(uppers)
+    high = _rate_mean(uppers)
     return Bound(value=math.sqrt(low.value * high.value), low=low.low, high=high.high, seeds=low.seeds, at_least=False)
 
 
@@ -321,9 +328,9 @@ def rate_ratio(ours: Mapping[int, Bracket], theirs: Mapping[int, Bracket]) -> Bo
     # Without an upper end of ours the value, too, is one that it is at least.
     nominal = [(_middle(ours[seed]) if reached else ours[seed][0], _middle(theirs[seed])) for seed in seeds]
     value = geometric_mean([our / their for our, their in nominal if our and their]).value
-    low = geometric_mean([ours[seed][0] / high for seed in seeds if (high := theirs[seed][1])]).low
+    low = _rate_mean([ours[seed][0] / high for seed in seeds if (high := theirs[seed][1])]).low
     uppers = [high / theirs[seed][0] for seed in seeds if (high := ours[seed][1])]
-    high = geometric_mean(uppers).high if reached else None
+    high = _rate_mean(uppers).high if reached else None
     return Bound(value=value, low=low, high=high, seeds=len(seeds), at_least=not reached)
 
 

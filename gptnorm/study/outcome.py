@@ -44,7 +44,7 @@ class Stability:
 
     rise: Annotated[float, Field(gt=0)] = 0.5
     """Nats that the mean training loss at the end may lie above its lowest."""
-    margin: float = 0.1
+    margin: Annotated[float, Field(ge=-math.inf)] = 0.1
     """Nats that the final validation loss must lie below the unigram entropy: a collapsed run is finite."""
     worse: Annotated[float, Field(gt=1)] = 1.5
     """Times the loss at the best rate that the final validation loss may be: what learned far less

@@ -14,7 +14,8 @@ For one strategy at one place (`Group`), by *curves* of runs over rates:
 The search is always replayed from its beginning, and a step is taken once all the runs that it rests on have ended. So
 the runs of a study are the same in whatever order they end, and however often it is killed. What else the ledger holds
 (of a smaller study that has grown) counts once all of this has come to its end, and may set it going again: what is
-planned and what is reported rest on the same curves.
+planned and what is reported rest on the same curves. A run of such a further step that has ended cannot be told from
+one of the smaller study, so there, and there alone, the order may matter.
 """
 
 from __future__ import annotations

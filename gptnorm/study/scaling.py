@@ -73,7 +73,7 @@ def as_places(
 
     Raises:
         UserError: a table without model settings or with others, or tokens that are no list of whole numbers above 0,
-            or fewer than one step of the largest batch.
+            or fewer than one step of the largest batch, or far from whole steps of every batch.
     """
     sizes = batches or (batch_size,)
     whole = math.lcm(*sizes) * seq_len
@@ -88,11 +88,19 @@ def as_places(
             raise bad_value("study.models", wrong or table, allowed)
         if set(settings) != names:
             raise bad_value("study.models", table, f"must set the same as the first: {', '.join(sorted(names))}")
+        amounts: set[int] = set()
         for tokens in _tokens(table.get("tokens")):
             if tokens < max(sizes) * seq_len:
                 least = f"must be {max(sizes) * seq_len:,} or more, one step of {max(sizes)} sequences"
                 raise bad_value("study.models.tokens", tokens, least)
             rounded = max(1, round(tokens / whole)) * whole
+            if not 0.9 <= rounded / tokens <= 1.1:
+                allowed = f"must be within a tenth of a multiple of {whole:,} tokens, whole steps of every batch"
+                raise bad_value("study.models.tokens", tokens, allowed)
+            if rounded in amounts:
+                allowed = f"is {rounded:,} in whole steps of every batch, as another of them"
+                raise bad_value("study.models.tokens", tokens, allowed)
+            amounts.add(rounded)
             for size in sizes:
                 batch = {"train.batch_size": size} if batches else {}
                 places.append({**settings, **batch, "train.steps": rounded // (size * seq_len)})

@@ -103,9 +103,9 @@ def log_grid(low: float, high: float, per_decade: int = 2) -> tuple[float, ...]:
 def _beyond(known: list[float], grid: Sequence[float], search: Search, *, downwards: bool) -> list[float]:
     end, factor = (grid[0], grid[0] / grid[1]) if downwards else (grid[-1], grid[-1] / grid[-2])
     lr = _rounded(known[0 if downwards else -1] * factor)
-    steps = math.log(lr / end) / math.log(factor)
-    if _has(known, lr):
+    if not 0 < lr < math.inf or _has(known, lr):
         return []
+    steps = math.log(lr / end) / math.log(factor)
     return [lr] if steps < search.reach + 0.5 else []
 
 

@@ -22,7 +22,7 @@ from gptnorm.study.config import (
     read_table_of,
     refuse_other_ladders,
 )
-from gptnorm.study.grid import SET_BY_STUDY, shared_overrides
+from gptnorm.study.grid import EVERY_RUN, SET_BY_STUDY, shared_overrides
 from gptnorm.study.join import Part
 from gptnorm.study.ladder import sizes_at
 from gptnorm.study.measures import Point
@@ -161,7 +161,7 @@ class TolerancePlan:
 
     def _cell(self, run: Run) -> Cell:
         if run not in self._cells:
-            arguments = [*self._shared, *run.setup.overrides, f"optim.lr={run.lr!r}", f"seed={run.seed}"]
+            arguments = [*self._shared, *run.setup.overrides, *EVERY_RUN, f"optim.lr={run.lr!r}", f"seed={run.seed}"]
             self._cells[run] = Cell(
                 strategy=run.strategy,
                 lr=run.lr,

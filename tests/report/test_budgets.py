@@ -97,6 +97,21 @@ def test_loss_after_the_same_time() -> None:
     assert at_equal_time({1: curve}, {1: curve}, 800, {1: 0.8}) is None
 
 
+def test_a_seed_whose_time_is_outside_leaves_no_number() -> None:
+    """The others would be a selection: at the ends it is chance whose run was timed a little faster."""
+    curve = line_in_log(3.0, 0.2)
+    ours, theirs = ({seed: curve for seed in range(1, 6)} for _ in range(2))
+    slowdown = {1: 0.98, 2: 1.01, 3: 0.97, 4: 1.02, 5: 0.99}
+    assert at_equal_time(ours, theirs, 800, slowdown) is None
+    assert at_equal_time(ours, theirs, 100, slowdown) is None
+    found = at_equal_time(ours, theirs, 400, slowdown)
+    assert found is not None
+    assert found.seeds == 5
+    # Of a seed that has trained at one budget alone nothing is known yet, wherever its time is.
+    begun = at_equal_time(ours | {6: {100: 2.0}}, theirs | {6: curve}, 400, slowdown | {6: 1.0})
+    assert begun == found
+
+
 def test_tables(tmp_path: Path) -> None:
     """Twice as fast in steps, a quarter slower in time; three rates, of which the middle one is best."""
     rates, lines = (1e-3, 2e-3, 4e-3), []

@@ -108,6 +108,9 @@ def test_an_edge_is_no_optimum(tmp_path: Path) -> None:
     assert "| a | 64 | 1e-1 edge |" in text
     assert "| a | 8 → 16 |" in text
     assert "left out of shift and slope" in text
+    assert track.kept_cost is None, "against an end of what was tried"
+    (first,) = load_ladder(make_ladder(tmp_path / "first", {("a", None): {8: 2e-1, 16: 1e-2, 64: 1e-2}})).tracks
+    assert first.kept_cost is None, "an end of what was tried, kept"
 
 
 @pytest.mark.parametrize("unstable", ["diverged", "collapsed"])

@@ -22,7 +22,7 @@ from gptnorm.report import load_tolerance, markdown_tolerance, rich_tolerance
 from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.html import write_study_report
 from gptnorm.report.tolerance_notes import notes, stability_note
-from gptnorm.report.tolerance_plots import tolerance_bars
+from gptnorm.report.tolerance_plots import place_panels, tolerance_bars
 from gptnorm.report.tolerance_table import grids
 from gptnorm.report.tolerance_verdict import answer, caveats
 
@@ -370,6 +370,53 @@ def test_places_are_counted_apart(tmp_path: Path) -> None:
         "Against base, ours has a lower loss at 1 of 4 places, a higher one at 1 (at 1 it cannot be told, at 1 nothing "
         "can be compared)."
     )
+
+
+def test_where_many_places_stand_on_an_end(tmp_path: Path) -> None:
+    """At the second ours is lower still at the highest rate tried; at the third a setting that was chosen is."""
+    places = [{"train.steps": steps} for steps in (100, 200, 300)]
+    ours = [Bowl(4e-3, bottom=1.9), Bowl(1.0, bottom=1.0, curve=0.01), Bowl(4e-3, bottom=1.9)]
+    lines = [
+        entry
+        for place, bowl in zip(places, ours, strict=True)
+        for entry in lines_of({"base": Bowl(4e-3), "ours": bowl}, RATES, range(4), place=place)
+    ]
+    lines += lines_of({"ours": Bowl(1.0, bottom=1.0)}, RATES, range(4), place=places[2], variant={"init.std": 0.3})
+    asked = {"places": places, "report": "neighbours", "tune": {"init.std": [0.1, 0.2, 0.3]}, "shortlist": 1.0}
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, seeds=[1, 2, 3], asked=asked))
+    told = answer(study)
+    assert told[1] == (
+        "Against base, ours has a lower loss at 2 of 3 places (at 1 a best is an end of what was tried)."
+    )
+    assert told[2] == (
+        "With init.std tuned for both it has a lower loss at 1 of 3 places (at 2 a best is an end of what was tried)."
+    )
+    assert told[3] == "At 2 of 3 places some best is an end of what was tried: what is compared with it is no result."
+    panels = dict(place_panels(study))
+    assert [panels[what].count("<!-- edge -->") for what in ("loss", "loss, both tuned")] == [1, 2]
+
+
+def test_a_tuned_best_at_an_end_is_told(tmp_path: Path) -> None:
+    lines = lines_of({"base": Bowl(4e-3), "ours": Bowl(4e-3)}, RATES, range(6))
+    lines += lines_of({"ours": Bowl(1.0, bottom=1.0, curve=0.01)}, RATES, range(6), variant={"init.std": 0.2})
+    asked = {"report": "neighbours", "tune": {"init.std": [0.1, 0.2, 0.3]}, "shortlist": 1.0}
+    told = " ".join(answer(load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, asked=asked))))
+    assert "For ours, init.std tuned, the best is the highest rate tried, so it is no result" in told
+
+
+def test_a_seed_far_above_its_own_best_has_failed(tmp_path: Path) -> None:
+    """Finite and below token frequencies, but more than 1.5 times what that seed reaches at another rate."""
+    lines = known_lines()
+    for entry in lines:
+        if (entry["strategy"], entry["seed"]) == ("ours", 3) and entry["lr"] >= RATES[3]:
+            entry["val_loss"] = 2.89 if entry["lr"] > RATES[3] else 1.8
+    study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES))
+    track = study.places[0].own["ours"]
+    lr = track.rate_by_seed[3]
+    (point,) = [point for point in track.curve(3) if point.lr == lr]
+    assert (point.loss, point.stable) == (2.89, False)
+    assert (track.failed, track.loss, 3 in track.losses) == (1, None, False)
+    assert row_of(markdown_tolerance(study), "Loss, each at its own best rate", "ours")[1] == "unstable (1 of 5)"
 
 
 def test_sensitivity_says_whose_it_is(tmp_path: Path) -> None:

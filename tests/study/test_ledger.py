@@ -165,6 +165,13 @@ def test_a_folder_with_something_else(study, tmp_path):
     assert everything(folder) == {Path("mine"): b"kept"}
 
 
+def test_a_kill_while_the_first_file_is_written(study, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".study.json.x1y2").write_text('{"title": ')
+    assert (ask(study, folder) / "study.json").is_file()
+
+
 @pytest.mark.parametrize("lost", ["settings", "commands", "seeds", "data", "title"])
 def test_a_study_that_lacks_something_is_not_continued(study, tmp_path, lost):
     folder = ask(study, tmp_path / "out")

@@ -239,15 +239,24 @@ def test_ratios_are_paired_by_seed():
 
 def test_an_edge_that_was_not_reached_bounds_from_one_side():
     open_, closed = (4.0, None), (4.0, 5.0)
-    theirs = {1: (1.0, 2.0), 2: (1.0, 2.0)}
-    found = rate_ratio({1: open_, 2: closed}, theirs)
+    theirs = dict.fromkeys((1, 2, 3), (1.0, 2.0))
+    found = rate_ratio({1: open_, 2: closed, 3: closed}, theirs)
     assert found.at_least
     assert found.high is None
-    assert found.low == pytest.approx(2.0), "4 over 2, twice"
-    assert rate_ratio(theirs, {1: open_, 2: closed}) is None
+    assert found.low == pytest.approx(2.0), "4 over 2, three times"
+    assert rate_ratio(theirs, {1: open_, 2: closed, 3: closed}) is None
     mean = mean_rate([(4.0, None), (4.0, 5.0)])
     assert (mean.value, mean.high, mean.at_least) == (pytest.approx(4.0), None, True)
     assert mean_rate([]) is None
+
+
+def test_two_seeds_give_no_interval_of_rates():
+    """Both may fall between the same two rates that were tried; what they differ by is not known then."""
+    two, three = [(1.0, 1.5)] * 2, [(1.0, 1.5)] * 3
+    assert (mean_rate(two).low, mean_rate(two).high) == (None, None)
+    assert (mean_rate(three).low, mean_rate(three).high) == (pytest.approx(1.0), pytest.approx(1.5))
+    ratio = rate_ratio(dict(enumerate(two)), dict(enumerate(two)))
+    assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(1.0), None, None)
 
 
 def test_edges_found_by_bisection_cover():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -56,12 +57,18 @@ def test_every_model_sees_its_text_at_every_batch(study):
 )
 def test_all_batches_see_as_many_tokens_about_those_asked_for(batches, seq_len, tokens):
     tokens = [max(n, 48 * 64) for n in tokens]
+    whole = math.lcm(*batches) * seq_len
+    steps = [round(n / whole) for n in tokens]
+    if len(set(steps)) < len(steps) or any(abs(k * whole - n) > 0.1 * n for k, n in zip(steps, tokens, strict=True)):
+        with pytest.raises(UserError, match=r"^study\.models\.tokens = \d+: "):
+            as_places(({"model.d_model": 8, "tokens": tokens},), tuple(batches), 16, seq_len)
+        return
     found = as_places(({"model.d_model": 8, "tokens": tokens},), tuple(batches), 16, seq_len)
     seen = {}
     for place in found:
         seen.setdefault(place["train.steps"] * place["train.batch_size"] * seq_len, []).append(place)
     assert all(len(same) == len(batches) for same in seen.values())
-    assert len(seen) <= len(tokens)
+    assert sorted(seen) == sorted(k * whole for k in steps)
 
 
 def test_what_is_wrong_is_said_by_name(study):

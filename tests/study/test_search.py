@@ -80,6 +80,13 @@ def test_it_reaches_only_so_far():
     assert [p.lr for p in nothing] == [pytest.approx(1e-3 / 9, rel=0.01), pytest.approx(1e-3 / 3, rel=0.01), *GRID]
 
 
+def test_nothing_lies_beyond_the_numbers_of_the_machine():
+    nothing, _ = search(lambda lr: Point(lr, None, False), grid=(1e-170, 1.0), settings=Search(reach=2))
+    assert [p.lr for p in nothing] == [1e-170, 1.0]
+    stable, _ = search(lambda lr: Point(lr, -lr, True), grid=(1e-10, 1e300), settings=Search(reach=2))
+    assert stable[-1].lr == 1e300
+
+
 def test_the_edge_alone():
     """A seed whose optimum is known from others: the rates of the grid, then bisection."""
     tried, _ = search(parabola(1e-5, 2e-2), seek="edge")

@@ -194,6 +194,14 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.lrs=[0.01,0.0101]"], "study.lrs = [0.01, 0.0101]: needs rates a factor 1.05 or more apart"),
         (["study.baseline=foo"], "study.baseline = 'foo': must be one of prenorm, ngpt"),
         (["study.report=most"], "study.report = 'most'"),
+        (["study.lrs=[1e-40,1e-3]"], "study.lrs"),
+        (["study.lrs=[1e-3,1e300]"], "study.lrs"),
+        (["study.stability.margin=nan"], "study.stability.margin = nan"),
+        (["train.log_every=10"], "train.log_every: the study sets it itself"),
+        (["study.map.train.log_every=[1,10]"], "study.map.train.log_every = [1, 10]: the study sets it itself"),
+        (["study.map.optim.warmup=[{a=1},{a=2}]"], "study.map.optim.warmup = {'a': 1}: must be a value"),
+        (["study.tune.init.std=[[{a=1}]]"], "study.tune.init.std = [{'a': 1}]: must be a value"),
+        (["study.places=[{optim.warmup=[{a=1}]}]"], "study.places.optim.warmup = [{'a': 1}]: must be a value"),
         (["study.search.edge=1.0"], "study.search.edge = 1.0"),
         (["study.search.foo=1.0"], "study.search.foo: unknown key"),
         (["study.stability.rise=-1"], "study.stability.rise"),
@@ -234,6 +242,18 @@ def test_what_is_wrong_is_said_before_anything_is_made(study, tmp_path, settings
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_step_is_logged_whatever_the_recipe_says(study, tmp_path):
+    """Spikes, and whether a run is stable, are read off the losses of all steps."""
+    recipe = tmp_path / "seldom.toml"
+    recipe.write_text(study.read_text().replace("[train]", "[train]\nlog_every = 2"))
+    folder = ask(recipe, tmp_path / "out")
+    assert load_recipe(str(recipe)).resolve(()).train.log_every == 2
+    for row in lines(folder):
+        logged = [json.loads(entry) for entry in (folder / row["run"] / "metrics.jsonl").read_text().splitlines()]
+        steps = [entry["step"] for entry in logged if entry["split"] == "train"]
+        assert len(steps) == max(steps), row["run"]
 
 
 def test_options_stand_for_settings(study):
@@ -305,7 +325,9 @@ def test_a_shortlist_grows(study, tmp_path):
     assert {row["seed"] for row in lines(folder) if "variant" in row} == {0, 3, 4}
 
 
-@pytest.mark.parametrize("text", ["", ":", "1:", "a", "1:2:3", "3:1", "0:1", "-1", "nan", "inf", "1,,2"])
+@pytest.mark.parametrize(
+    "text", ["", ":", "1:", "a", "1:2:3", "3:1", "0:1", "-1", "nan", "inf", "1,,2", "1e-300:1e300"]
+)
 def test_rates_that_are_none(text):
     with pytest.raises(UserError, match="--lrs"):
         parse_rates(text)
