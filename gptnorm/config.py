@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 """Bounded so that a slip of the keyboard is an error here and not an overflow in torch or numpy."""
 
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -134,7 +134,7 @@ class MoEConfig:
     step against the load (DeepSeek-V3)."""
     balance_weight: NonNegativeFloat = 0.01
     """Weight of the balancing loss, which is 1 at an even load; mean over blocks and micro-batches."""
-    bias_rate: PositiveFloat = 1e-3
+    bias_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-3
     """How far the bias moves in a step."""
     z_loss: NonNegativeFloat = 1e-3
     """Weight of the mean squared logsumexp of the router's logits."""
@@ -171,7 +171,7 @@ class DataConfig:
     """The field that holds the text in .jsonl and .parquet files and in datasets."""
     tokenizer: str = "bytes"
     """"bytes", "bpe" (byte-level BPE trained on this corpus), or a tokenizer.json."""
-    bpe_vocab: Annotated[int, Field(ge=257)] = 4096
+    bpe_vocab: Annotated[int, Field(ge=257, le=2**24)] = 4096
     """Vocabulary of a BPE trained here, its end-of-text token included."""
     end_of_text: str | None = None
     """The token put after each document. Left out: the tokenizer's usual one."""
@@ -211,7 +211,7 @@ class TrainConfig:
     or all of a block."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     """CPU threads of the process. Left out: torch's choice."""
     eval_every: Count = 0
     """Steps between validations; 0: only at the end."""
@@ -231,7 +231,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices of the blocks, AdamW for all else, at one learning rate."""
-    lr: NonNegativeFloat = 4e-3
+    lr: Annotated[float, Field(ge=0, le=1e30)] = 4e-3
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
@@ -250,7 +250,8 @@ class OptimConfig:
     warmup: NonNegativeFloat = 0.1
     """Linear warm-up: a fraction of the steps if below 1, else a number of steps."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Last learning rate as a fraction of the peak; schedule="constant" has none, wsd is a constant with one."""
+    """What the learning rate falls to, as a fraction of the peak, one update after the last; schedule="constant" has
+    none, wsd is a constant with one."""
     wsd_decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps over which wsd decays."""
     width_rule: WidthRuleName = "none"
@@ -261,6 +262,9 @@ class OptimConfig:
     """The width at which `lr` was tuned. Has to be set where there is a `width_rule`."""
 
     def __post_init__(self) -> None:
+        if self.schedule == "wsd" and self.warmup < 1 < self.warmup + self.wsd_decay - 1e-9:
+            allowed = f"must leave room for optim.warmup = {self.warmup:g}; together they are at most 1"
+            raise bad_value("optim.wsd_decay", self.wsd_decay, allowed)
         if self.width_rule != "none" and self.base_width is None:
             raise bad_value("optim.base_width", None, f"must be set where optim.width_rule = {self.width_rule!r}")
 

@@ -188,6 +188,19 @@ def test_inspect_noise_needs_no_text_where_the_vocabulary_is_known(place, monkey
     assert (record["text"], record["dtype"]) == ("uniform random tokens", "fp64")
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["train tiny.toml data.path={}", "plan tiny.toml data.tokenizer={} --gpus 1 --memory 8GiB", "verify {}",
+     "inspect {}", "eval {}", "resume {}"],
+)  # fmt: skip
+def test_a_name_that_is_too_long_is_one_line(place, monkeypatch, capfd, line):
+    assert call(monkeypatch, *line.format("x" * 300).split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("gptnorm: ")
+    assert error.count("\n") == 1
+    assert "xxx" in error
+
+
 @pytest.mark.parametrize("settings", [("optim.lr=1e30", "optim.clip=0"), ("model.backbone=gpt2", "init.std=1e30")])
 def test_divergence_is_exit_code_3(place, monkeypatch, capfd, settings):
     assert call(monkeypatch, "train", "tiny.toml", "run.dir=run", *settings) == 3

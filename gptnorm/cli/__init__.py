@@ -68,6 +68,11 @@ def main() -> None:
         # The reader of our output has left (`gptnorm settings | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        # A path that cannot even be looked at: too long, or in a folder that we may not enter.
+        if error.filename is None:
+            raise
+        code = complain(f"{os.fsdecode(error.filename)}: cannot be used ({error.strerror})")
     sys.exit(code)
 
 

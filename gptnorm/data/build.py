@@ -247,6 +247,7 @@ def _build_locked(
         return
     if journal is None:
         tokenizer = tokenizer or _train(config, source, watcher)
+        target.sweep()
         tokenizer.save(work)
         for path in work.iterdir():
             _sync(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,11 @@ def read_count(option: str, text: str) -> int:
         UserError: it is none, or none above 0.
     """
     found = COUNT.fullmatch(text)
-    number = float(found[1].replace("_", "")) * SCALE[found[2].lower()] if found else 0
+    # Exact: in binary 4.1 million is no whole number.
+    number = Decimal(0)
+    if found:
+        with contextlib.suppress(DecimalException):
+            number = Decimal(found[1].replace("_", "")) * SCALE[found[2].lower()]
     if not 1 <= number < 2**63 or number != int(number):
         raise bad_value(option, text, "must be a whole number above 0, such as 250_000, 1.5M or 10B")
     return int(number)

@@ -75,7 +75,7 @@ class Corpus:
         """SHA-256 over the names and contents of the files."""
         digest = hashlib.sha256()
         for name, sha256 in self.files:
-            digest.update(f"{sha256} {name}\0".encode())
+            digest.update(f"{sha256} {name}\0".encode(errors="surrogateescape"))  # names need not be Unicode
         return digest.hexdigest()
 
     @property
@@ -222,6 +222,8 @@ def _files_of(path: str) -> list[CorpusFile]:
         return [CorpusFile(given.name, given)]
     if not given.is_dir():
         raise bad_value("data.path", path, f"no such file or folder, nor one of {', '.join(NAMES)}")
+    if any((given / name).is_file() for name in ("train.bin", "val.bin")):
+        raise bad_value("data.path", path, "is a folder of shards, which are no text: they can only stand alone")
     files = _walk(given)
     if not files:
         raise bad_value("data.path", path, f"the folder holds no file of a known extension ({known})")

@@ -55,6 +55,12 @@ class Target:
         """The error for a folder that cannot be used."""
         return bad_value(self.option, str(self.folder), what)
 
+    def sweep(self) -> None:
+        """Removes what a build left that was killed before its first journal: it may have been another one."""
+        for path in self.work.iterdir():
+            if path != self.lock:
+                path.unlink()
+
     def is_complete(self) -> bool:
         """Whether the shards are all there."""
         return (self.folder / MANIFEST_FILE).exists()

@@ -230,7 +230,9 @@ def _row(
 ) -> Row:
     """Score one text."""
     is_other = text.what == "all"
-    documents = refuse_unknown_ids(text.documents(trained_on if is_other else None), model.shape.vocab, text.name)
+    if not is_other or (trained_on is not None and not text.comparable(trained_on)):
+        trained_on = None
+    documents = refuse_unknown_ids(text.documents(trained_on), model.shape.vocab, text.name)
     if most is not None:
         documents = limit(documents, most, own.tokenizer)
 

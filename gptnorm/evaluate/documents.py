@@ -56,7 +56,8 @@ def limit(documents: Iterable[Document], most: int, tokenizer: Tokenizer | None)
     """The first documents, as many as have `most` tokens together, their ends included.
 
     The last one is cut between two characters, so that its bytes are still counted exactly: it may be a few tokens
-    short. Where the tokenizer does not give the text back unchanged, it is kept whole.
+    short. Where the tokenizer does not give the text back unchanged it is left out; if it is the first one, it is cut
+    and its bytes are unknown.
 
     Args:
         tokenizer: None: there are no texts, only tokens.
@@ -65,7 +66,9 @@ def limit(documents: Iterable[Document], most: int, tokenizer: Tokenizer | None)
     for document in documents:
         size = len(document.tokens) + document.has_end
         if size > left:
-            yield from _shortened(document, left, tokenizer)
+            # A cut of a text that does not come back from its tokens would leave the bytes of all unknown.
+            if left == most or tokenizer is None or is_lossless(tokenizer):
+                yield from _shortened(document, left, tokenizer)
             return
         yield document
         left -= size
@@ -78,7 +81,7 @@ def _shortened(document: Document, most: int, tokenizer: Tokenizer | None) -> It
         yield Document(document.tokens[:most], None, has_end=False)
         return
     if not is_lossless(tokenizer):
-        yield document
+        yield replace(document, tokens=document.tokens[:most], text_bytes=None, has_end=False)
         return
     text = tokenizer.decode(document.tokens[: most + PARTIAL]).encode("utf-8")
     for count in range(min(most, len(document.tokens)), max(0, most - PARTIAL), -1):

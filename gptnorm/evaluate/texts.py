@@ -36,6 +36,10 @@ class Text(Protocol):
         """Bytes of all of it, where they are known beforehand."""
         ...
 
+    def comparable(self, trained_on: TrainedOn) -> bool:
+        """Whether it can be told of its documents which of them the run was trained on."""
+        ...
+
     def documents(self, trained_on: TrainedOn | None = None) -> Iterator[Document]:
         """Each document but those that the run was trained on; None: every document."""
         ...
@@ -165,10 +169,14 @@ class ShardsText:
         """See `Text`."""
         return self._read / sum(len(getattr(self._shards, split)) for split in self._splits)
 
+    def comparable(self, trained_on: TrainedOn) -> bool:
+        """See `Text`: pieces are cut out of the text, which a tokenizer may not give back."""
+        return not trained_on.by_pieces or (self._tokenizer is not None and is_lossless(self._tokenizer))
+
     def documents(self, trained_on: TrainedOn | None = None) -> Iterator[Document]:
         """See `Text`."""
         end, tokenizer = self._shards.end_of_text, self._tokenizer
-        is_exact = tokenizer is not None and is_lossless(tokenizer)
+        exact = tokenizer if tokenizer is not None and is_lossless(tokenizer) else None
         for split in self._splits:
             tokens = getattr(self._shards, split)
             if end is None:
@@ -178,10 +186,12 @@ class ShardsText:
                 continue
             for document in split_documents(tokens, end):
                 self._read += len(document) + 1
-                if trained_on is not None and trained_on.has(document):
-                    self.left_out += 1
-                    continue
-                yield Document(document, count_bytes(tokenizer, document) if is_exact and tokenizer else None)
+                if trained_on is not None:
+                    text = exact.decode(document) if exact is not None and trained_on.by_pieces else None
+                    if trained_on.has(document, text):
+                        self.left_out += 1
+                        continue
+                yield Document(document, None if exact is None else count_bytes(exact, document))
 
 
 class CorpusText:
@@ -203,6 +213,10 @@ class CorpusText:
     def share(self) -> float | None:
         """See `Text`."""
         return self._reading and self._reading.share()
+
+    def comparable(self, trained_on: TrainedOn) -> bool:
+        """See `Text`."""
+        return True
 
     def documents(self, trained_on: TrainedOn | None = None) -> Iterator[Document]:
         """See `Text`."""

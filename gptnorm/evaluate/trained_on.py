@@ -53,10 +53,16 @@ class TrainedOn:
             text: that of the document. A run of few documents was trained on pieces of them, and has a document if it
                 has any piece of it.
         """
-        if text is not None and self._piece_size is not None:
-            pieces = list(cut([text], self._piece_size))
-            return any(map(self._has, self._tokenizer.encode_batch(pieces)))
-        return self._has(tokens)
+        if self._has(tokens):
+            return True
+        if text is None or self._piece_size is None:
+            return False
+        return any(map(self._has, self._tokenizer.encode_batch(list(cut([text], self._piece_size)))))
+
+    @property
+    def by_pieces(self) -> bool:
+        """Whether the run was trained on pieces of documents, so that a document's text has to be known."""
+        return self._piece_size is not None
 
     def _has(self, tokens: np.ndarray) -> bool:
         digest = np.uint64(self._digest(tokens))

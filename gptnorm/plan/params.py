@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from gptnorm.config import BUILT_IN_TOKENIZERS, Config
+from gptnorm.data.build import ready_folder
+from gptnorm.data.shards import read_manifest
 from gptnorm.errors import UserError
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.backbones import make_shape
@@ -69,13 +71,19 @@ def model_on_meta(config: Config, vocab: int) -> GPT:
 
 
 def vocabulary(config: Config) -> int:
-    """Rows of the embedding without a look at any text.
+    """Rows of the embedding without a look at any text; of shards, what their manifest says.
 
     Raises:
-        UserError: they follow from a tokenizer that is not built in.
+        UserError: they follow from a tokenizer that is not built in, or from shards that do not say it.
     """
     if config.model.vocab_size is not None:
         return config.model.vocab_size
+    folder = ready_folder(config.data)
+    if folder is not None:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError("model.vocab_size: must be set, as the shards of data.path have no manifest.json")
+        return manifest.vocab_size
     if config.data.tokenizer in BUILT_IN_TOKENIZERS:
         return 257 if config.data.tokenizer == "bytes" else config.data.bpe_vocab
     raise UserError(

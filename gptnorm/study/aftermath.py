@@ -33,7 +33,7 @@ from gptnorm.records import finite
 from gptnorm.study.cell import Cell, Measured
 from gptnorm.study.signal import signal
 from gptnorm.train.blocks import prepare_blocks
-from gptnorm.train.checkpoint import latest_checkpoint, load_model
+from gptnorm.train.checkpoint import latest_checkpoint, load_model, prune_checkpoints, read_state
 from gptnorm.train.inputs import autocast, check_vocab, open_batches, open_validation, resolve_device
 from gptnorm.train.loop import Result, start_run
 from gptnorm.train.progress import Watcher
@@ -46,8 +46,11 @@ def run_and_measure(
     config, measured, shards = cell.config, cell.measured, texts[cell.text]
     if measured is None:
         return start_run(config, shards, folder, watcher), {}
-    # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it.
-    checkpointed = replace(config, checkpoint=replace(config.checkpoint, final=True))
+    # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it, and has no
+    # other removed meanwhile.
+    asked = config.checkpoint
+    more = asked if asked.final else replace(asked, final=True, keep=asked.keep + 1)
+    checkpointed = replace(config, checkpoint=more)
     if measured == "signal":
         result, memory = start_run(checkpointed, shards, folder, watcher), {}
     else:
@@ -68,8 +71,11 @@ def run_and_measure(
         found["trained"] = _measure(measured, model, config, shards)
         prepare_blocks(model, "none", compiled=False, float8=config.train.precision == "fp8")
         elsewhere = {name: _loss(model, config, texts[name]) for name in cell.evaluated}
-        every = config.checkpoint.every
-        if not config.checkpoint.final and not (every and result.step % every == 0):
+        best = read_state(checkpoint)["best"]
+        best_step = int(best[1]) if best and asked.best else None
+        if asked.final or best_step == result.step or (asked.every and result.step % asked.every == 0):
+            prune_checkpoints(checkpoint.parent, asked.keep, best_step)
+        else:
             shutil.rmtree(checkpoint)
     write_atomic(folder / "config.toml", dump_toml(config))
     if measured == "signal":

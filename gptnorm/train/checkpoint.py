@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor], group: Group | No
             if size != tensor.shape:
                 raise UserError(f"{path}: {name} has shape {tuple(size or ())}, not {tuple(tensor.shape)}")
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
+        return read_state(path)
     except CheckpointException as error:
         raise UserError(f"{path}: not a complete checkpoint ({_system_error(error)})") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -188,6 +188,11 @@ def sweep_partial(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a complete checkpoint."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -224,7 +229,7 @@ def _first_damage(path: Path, group: Group | None) -> str | None:
     for name in sorted(manifest)[rank_in(group) :: size_of(group)]:
         if (path / name).is_symlink() or sha256_file(path / name) != manifest[name]:
             return f"{path / name}: damaged (its sha256 is not the manifest's)"
-    step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+    step = read_state(path)["step"]
     if step != step_of(path):
         return f"{path}: holds step {step}, so it has been renamed"
     return None

@@ -193,6 +193,19 @@ def test_cut_off_while_the_files_move_up(tmp_path, large, refused, monkeypatch, 
     }
 
 
+def test_what_a_kill_left_before_the_first_journal_is_not_taken_over(tmp_path, large):
+    """The tokenizer of another build, whose hash would stand in the manifest."""
+    work = tmp_path / "shards" / ".build"
+    work.mkdir(parents=True)
+    (work / "tokenizer.json").write_text("{}")
+    (work / "train.bin").write_bytes(b"x" * 99)
+    config = DataConfig(path=str(large[0]))
+    found = build_shards(config, tmp_path / "shards")
+    clean = build_shards(config, tmp_path / "clean")
+    assert found.manifest == clean.manifest
+    assert found.manifest["tokenizer_sha256"] is None
+
+
 def test_what_is_refused_at_once_leaves_no_folder(tmp_path, large, refused):
     path = write_jsonl(tmp_path / "bad.jsonl", ["good"] * 50)
     path.write_text(path.read_text() + "{bad")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptnorm import cli
 from gptnorm.data import Shards
@@ -99,6 +101,18 @@ def test_counts(text, number):
     assert read_count("--tokens", text) == number
 
 
-@pytest.mark.parametrize("text", ["", "-1", "0", "1.5", "nan", "inf", "1e99", "10 B", "B", "0x10"])
+@given(st.integers(1, 10**7), st.sampled_from([("k", 3), ("M", 6), ("b", 9), ("T", 12)]))
+def test_counts_are_exact(thousandths, unit):
+    """ "4.1M" is no whole number in binary."""
+    name, power = unit
+    number = thousandths * 10 ** (power - 3)
+    assert read_count("--tokens", f"{thousandths // 1000}.{thousandths % 1000:03}{name}") == number
+
+
+def test_a_count_beyond_what_a_float_holds():
+    assert read_count("--tokens", "9007199254740993") == 9007199254740993
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "1.5", "nan", "inf", "1e99", "1e999999999", "10 B", "B", "0x10"])
 def test_no_counts(text, refused):
     refused(["--tokens", repr(text)], read_count, "--tokens", text)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptnorm.config import DataConfig
+from gptnorm.data.build import build_shards
 from gptnorm.data.corpora import Document, open_corpus
 from gptnorm.data.pieces import LARGEST, SMALLEST, cut, piece_size
 
@@ -90,6 +91,25 @@ def test_mixed_formats_in_one_list(tmp_path, configure):
     bodies = [f"line {i} é😀" for i in range(3)]
     assert texts(config) == [*bodies, *written, *bodies]
     assert next(open_corpus(config).documents()) == Document("b.jsonl.gz:1", bodies[0])
+
+
+def test_shards_are_no_text(tmp_path, refused):
+    """Their card is, and would be read in their stead."""
+    write_many(tmp_path / "texts")
+    build_shards(DataConfig(path=str(tmp_path / "texts")), tmp_path / "shards")
+    for path in (str(tmp_path / "shards"), (str(tmp_path / "texts"), str(tmp_path / "shards"))):
+        refused(["data.path", "shards", "is a folder of shards"], open_corpus, DataConfig(path=path))
+    refused(["is a folder of shards"], build_shards, DataConfig(path=str(tmp_path / "shards")), tmp_path / "again")
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    name = os.fsdecode(b"\xff.txt")
+    try:
+        (tmp_path / name).write_text("text\n")
+    except (OSError, UnicodeError):
+        pytest.skip("the file system has no such names")
+    corpus = open_corpus(DataConfig(path=str(tmp_path)))
+    assert corpus.fingerprint != open_corpus(DataConfig(path="sotu")).fingerprint
 
 
 def test_parquet(tmp_path, configure, refused):

@@ -234,8 +234,11 @@ def test_training_documents_are_never_scored(call, place, tmp_path, run):
     out, _, record = call(f"{run} --data {mixed}")
     row = record["rows"][0]
     if run == "pieces":
-        # The file as a whole holds training text.
+        # The file as a whole holds training text, as part of shards, too.
         assert (row["left_out"], row["documents"]) == (1, 40)
+        build_shards(DataConfig(path=str(mixed), val_fraction=0.5), tmp_path / "whole")
+        again = call(f"{run} --data {tmp_path / 'whole'}")[2]["rows"][0]
+        assert (again["left_out"], again["documents"], again["compared_with_training"]) == (1, 40, True)
     else:
         assert (row["left_out"], row["documents"]) == (
             shards.manifest["train"]["documents"],

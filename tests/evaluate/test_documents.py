@@ -50,8 +50,10 @@ def test_a_tokenizer_that_changes_text_is_noticed():
     assert is_lossless(BYTES)
     assert is_lossless(BPE)
     assert not is_lossless(lossy())
-    documents = [Document(np.array([0, 1, 1, 0], np.uint32), 9)]
-    assert list(limit(documents, 2, lossy())) == documents, "kept whole: nobody knows the bytes of a part"
+    long, short = (Document(np.array(ids, np.uint32), 9) for ids in ([0, 1, 1, 0], [0]))
+    assert list(limit([short, long], 4, lossy())) == [short], "nobody knows the bytes of a part"
+    (first,) = limit([long, short], 2, lossy())
+    assert (first.tokens.tolist(), first.text_bytes, first.has_end) == ([0, 1], None, False)
 
 
 def test_without_texts_a_limit_is_exact():

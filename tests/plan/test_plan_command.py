@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptnorm import cli
+from gptnorm.config import DataConfig
+from gptnorm.data import Shards, build_shards
 
 SMALL = ("model.d_model=32", "model.n_layers=1", "model.n_heads=4", "train.seq_len=16")
 
@@ -67,6 +69,30 @@ def test_a_plan(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     assert "at 30% of 312 TFLOP/s" in out
     assert record["micro_batch"] * record["data"] * record["accumulate"] == 16
     assert record["bytes"]["total"] == sum(size for name, size in record["bytes"].items() if name != "total")
+
+
+def test_shards_say_their_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"text {i}, and some more of it\n")
+    build_shards(DataConfig(path=str(tmp_path / "texts"), tokenizer="bpe", bpe_vocab=300), tmp_path / "shards")
+    vocab = Shards.open(tmp_path / "shards").manifest["vocab_size"]
+    assert vocab != 257
+    found = []
+    for settings in (f"data.path={tmp_path}/shards", f"model.vocab_size={vocab}"):
+        path = tmp_path / "plan.json"
+        line = f"laptop/simplenorm --gpus 1 --memory 8GiB --json {path}"
+        assert call(monkeypatch, *line.split(), *SMALL, settings) == 0
+        capfd.readouterr()
+        found.append(json.loads(path.read_text())["parameters"])
+    assert found[0] == found[1]
+    for path in (tmp_path / "shards").iterdir():
+        if path.suffix != ".bin":
+            path.unlink()
+    assert call(monkeypatch, *line.split(), *SMALL, f"data.path={tmp_path}/shards") == 2
+    assert "model.vocab_size: must be set, as the shards" in capfd.readouterr().err
 
 
 def test_experts_and_recomputation_show(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

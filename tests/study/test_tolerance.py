@@ -23,6 +23,7 @@ from gptnorm.study.measures import Point
 from gptnorm.study.outcome import Stability, point_of
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
+from gptnorm.train.checkpoint import checkpoints_in, step_of
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -254,6 +255,24 @@ def test_every_step_is_logged_whatever_the_recipe_says(study, tmp_path):
         logged = [json.loads(entry) for entry in (folder / row["run"] / "metrics.jsonl").read_text().splitlines()]
         steps = [entry["step"] for entry in logged if entry["split"] == "train"]
         assert len(steps) == max(steps), row["run"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        (("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.final=false"), [4]),
+        (("checkpoint.every=2", "checkpoint.keep=2", "checkpoint.final=false"), [2, 4]),
+        (("checkpoint.every=5", "checkpoint.keep=1", "checkpoint.final=false"), [5]),
+        (("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.final=true"), [5]),
+        (("checkpoint.every=0", "checkpoint.final=false"), []),
+    ],
+)
+def test_checkpoints_are_those_that_the_recipe_asks_for(study, tmp_path, settings, kept):
+    """A measured run passes through one of its own; it takes none of the others away."""
+    folder = ask(study, tmp_path / "out", *settings, "train.steps=5", "study.seeds=[]", "study.lrs=[0.001,0.003]")
+    for row in lines(folder):
+        there = checkpoints_in(folder / row["run"] / "checkpoints")
+        assert [step_of(path) for path in there] == kept, row["run"]
 
 
 def test_options_stand_for_settings(study):

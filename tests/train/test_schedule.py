@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from gptnorm.config import OptimConfig
+from gptnorm.errors import UserError
 from gptnorm.train.schedule import lr_factor, warmup_steps
 
 configs = st.builds(
-    OptimConfig,
+    lambda warmup, share, **more: OptimConfig(
+        warmup=warmup, wsd_decay=share * (1 - warmup) if warmup < 1 else share, **more
+    ),
     schedule=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
-    warmup=st.one_of(st.floats(0, 1, exclude_max=True), st.just(1.0)),
+    warmup=st.one_of(st.floats(0, 0.99), st.just(1.0)),
     floor=st.floats(0, 1),
-    wsd_decay=st.floats(1e-3, 1),
+    share=st.floats(1e-3, 1),
 )
 
 
@@ -44,6 +47,14 @@ def test_like_torch(kind, warmup, floor):
     config = OptimConfig(schedule=kind, warmup=float(warmup), floor=floor)
     ours = [lr_factor(step, 40, config) for step in range(40)]
     assert ours == pytest.approx(torch_factors(kind, warmup, 40, floor), abs=1e-6)
+
+
+def test_wsd_leaves_room_for_the_warmup():
+    settings = {"schedule": "wsd", "warmup": 0.5}
+    assert lr_factor(10, 20, OptimConfig(**settings, wsd_decay=0.5)) == 1.0, "the peak is reached"
+    with pytest.raises(UserError, match=r"^optim\.wsd_decay = 0\.6: must leave room for optim\.warmup = 0\.5"):
+        OptimConfig(**settings, wsd_decay=0.6)
+    assert OptimConfig(warmup=0.5, wsd_decay=0.6).schedule == "cosine", "where it has no effect it is not looked at"
 
 
 def test_wsd_is_flat_then_linear():
