@@ -102,7 +102,7 @@ class OptionsConfig:
     """Which branches have the depth factor."""
     scale_count: Literal["2L", "L"] = "2L"
     """What the depth factor counts: sub-layers or blocks."""
-    scale_power: PositiveFloat = 0.5
+    scale_power: Annotated[float, Field(gt=0, le=8)] = 0.5
     """p in the depth factor (2L)^-p or L^-p."""
     norm_scale: Literal["live", "frozen"] = "live"
     """Where the scale of the strategy's norms comes from: each token's own RMS (live), or one constant per norm,
@@ -265,6 +265,11 @@ class OptimConfig:
         if self.schedule == "wsd" and self.warmup < 1 < self.warmup + self.wsd_decay - 1e-9:
             allowed = f"must leave room for optim.warmup = {self.warmup:g}; together they are at most 1"
             raise bad_value("optim.wsd_decay", self.wsd_decay, allowed)
+        if self.width_rule != "none" and self.name == "muon":
+            # Its updates are as large at any width: divided by s their effect would fall with it.
+            raise bad_value(
+                "optim.width_rule", self.width_rule, "is for AdamW; must be 'none' where optim.name = 'muon'"
+            )
         if self.width_rule != "none" and self.base_width is None:
             raise bad_value("optim.base_width", None, f"must be set where optim.width_rule = {self.width_rule!r}")
 

@@ -195,6 +195,7 @@ def test_coordinate_check(strategy):
         (["optim.width_rule=align"], ["optim.base_width = None"]),
         (["optim.width_rule=Align"], ["optim.width_rule = 'Align'", "'align'"]),
         (["optim.width_rule=mup", "optim.base_width=40"], ["optim.base_width = 40", "head width 16"]),
+        (["optim.width_rule=align", "optim.base_width=64", "optim.name=muon"], ["optim.width_rule = 'align'", "muon"]),
         (
             ["optim.width_rule=mup", "optim.base_width=64", "model.backbone=gpt2"],
             ["optim.width_rule = 'mup'", "model.tied"],
