@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import click
 
 from gptnorm.cli.arguments import JSON, REPORT, RUN, SETTINGS
 from gptnorm.cli.output import console, refuse_unwritable, write_all
+from gptnorm.errors import bad_value
 
 
 @click.command()
@@ -152,6 +154,8 @@ def curvature(
 
     refuse_unwritable("--json", json_path)
     refuse_unwritable("--report", page_path)
+    if math.isnan(tolerance):  # which click lets through
+        raise bad_value("--tolerance", tolerance, "must be above 0 and at most 1")
     found = run_curvature(
         source,
         settings,
@@ -167,8 +171,9 @@ def curvature(
         console=console,
     )
     record = found.record()
-    print_curvature(record, console)
+    # First: whoever reads what is printed may leave.
     write_all(
         ("--json", json_path, lambda: dump(record)),
         ("--report", page_path, lambda: curvature_page(record)),
     )
+    print_curvature(record, console)

@@ -56,5 +56,5 @@ def theory(
     refuse_unwritable("--json", json_path)
     refuse_unwritable("--report", page_path)
     record = run_theory(names, asked, console)
-    print_theory(record, console)
     write_all(("--json", json_path, lambda: dump(record)), ("--report", page_path, lambda: theory_page(record)))
+    print_theory(record, console)

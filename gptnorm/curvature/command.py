@@ -33,6 +33,10 @@ from gptnorm.probe.source import DTypeName, Source, find_config, open_source
 from gptnorm.recipe import to_tree
 from gptnorm.train.inputs import within_memory
 from gptnorm.train.schedule import lr_factor
+from gptnorm.train.snapshot import open_snapshot
+
+DIGITS = 10
+"""A number on the command line has fewer."""
 
 WHAT = ("sharpness", "adam", "weights", "slots", "spectrum")
 """What can be measured."""
@@ -115,6 +119,9 @@ def run_curvature(
         )
     if "adam" in what and (folder is None or all(step == 0 for step in steps)):
         raise bad_value("--what", "adam", "needs a checkpoint of a run: at initialisation AdamW has no second moments")
+    if folder is not None:
+        for step in steps:  # one that is missing shows before the first is measured
+            open_snapshot(folder, config, step)
     readings, source = [], None
     for step in steps:
         with within_memory(config), console.status("preparing …") as status:
@@ -126,7 +133,7 @@ def run_curvature(
             model, tokens = source.model, source.tokens
             names = parameters_of(model, part)
             position = {"middle": middle(tokens), "all": None}[token] if isinstance(token, str) else token
-            batches = list(tokens.split(rows or len(tokens)))
+            batches = list(tokens.split(min(rows or len(tokens), len(tokens))))
             middle_block = [slot for slot in slots_of(model) if slot.startswith(_middle_block(model))]
             chosen = list(slots) or used_once(model, tokens[0], middle_block)
             how: dict[str, Any] = {"tolerance": tolerance, "most": most, "say": say}
@@ -163,9 +170,9 @@ def parse_steps(text: str | None) -> list[int | None]:
     if text is None:
         return [None]
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(part.isdecimal() and len(part) < DIGITS for part in parts):
         raise bad_value("--step", text, "must be whole numbers of steps with commas between, such as 0,100,400")
-    return list(dict.fromkeys(map(int, parts)))
+    return [*sorted(set(map(int, parts)))]
 
 
 def parse_token(text: str) -> int | Literal["all", "middle"]:
@@ -174,7 +181,7 @@ def parse_token(text: str) -> int | Literal["all", "middle"]:
         return "all"
     if text == "middle":
         return "middle"
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) >= DIGITS:
         raise bad_value("--token", text, "must be a position of the sequence, middle or all")
     return int(text)
 

@@ -39,38 +39,53 @@ def critical_rate(
 ) -> CriticalRate:
     """Doubles or halves from `start` until it is bracketed, then bisects in the logarithm.
 
+    A start whose step changes the loss by less than can be seen says nothing; the search goes up from it.
+
     Args:
         loss_at: the loss after a step of that rate; 0: none.
         start: a rate to begin with, above 0.
         tolerance: the bracket is at most this factor (plus one) wide.
         most: evaluations of the loss, the one at 0 included.
-        noise: a loss counts as lower if it is so by more than this part of it: rounding is no descent.
+        noise: a loss counts as lower or higher if it is so by more than this part of it: rounding is no descent.
     """
     assert start > 0
     floor = loss_at(0.0)
-    passes = 1
+    passes, margin = 1, noise * abs(floor)
 
-    def holds(rate: float) -> bool:
+    def change(rate: float) -> int:
+        """-1: lower; 1: higher, or not finite; 0: neither can be seen."""
         nonlocal passes
         passes += 1
-        return loss_at(rate) < floor - noise * abs(floor)  # False for NaN
+        by = loss_at(rate) - floor
+        return -1 if by < -margin else 0 if by <= margin else 1
 
-    low, high = 0.0, None
-    rate, first = start, holds(start)
-    while passes < most:
-        low, high = (rate, high) if first else (low, rate)
-        following = rate * 2 if first else rate / 2
-        if not 0 < following < math.inf:
-            return CriticalRate(low=low, high=high, passes=passes)
-        rate, now = following, holds(following)
-        if now != first:
-            low, high = (rate, high) if now else (low, rate)
-            break
+    def room(rate: float) -> bool:
+        return passes < most and 0 < rate < math.inf
+
+    low, high, rate, now = 0.0, None, start, change(start)
+    unseen = int(now == 0)
+    while now == 0 and room(2 * rate):
+        rate *= 2
+        now = change(rate)
+    if now < 0:
+        low = rate
+        while high is None and room(2 * rate):
+            rate *= 2
+            low, high = (rate, None) if change(rate) < 0 else (low, rate)
+    elif now > 0:
+        high = rate
+        rate = start if unseen else rate
+        # Just at the crossing nothing is seen, either; below a second such rate nothing will be.
+        while low == 0 and unseen < 2 and room(rate / 2):
+            rate /= 2
+            now = change(rate)
+            low, high = (rate, high) if now < 0 else (low, min(high, rate) if now > 0 else high)
+            unseen += now == 0
     if high is None or low == 0:
         return CriticalRate(low=low, high=high, passes=passes)
     while high / low > 1 + tolerance and passes < most:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if change(middle) < 0 else (low, middle)
     return CriticalRate(low=low, high=high, passes=passes)
 
 

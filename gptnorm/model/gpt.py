@@ -102,7 +102,7 @@ class GPT(nn.Module):
     In training mode QK-clip and bias balancing count what passes, for their next `after_step`; `eval()`
     leaves every buffer alone, so that a measurement changes nothing (and forward-mode derivatives work).
     Dropout, too, is there in training mode only: on what leaves the embedding (learned positions added) and on each
-    branch's output, as the block adds it.
+    branch's output, before any norm of the wiring after it.
 
     Frozen norms (`options.norm_scale`) have no constants until `calibrate` has measured them or a checkpoint was
     loaded; before that every forward pass is a UserError.

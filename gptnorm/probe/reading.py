@@ -5,7 +5,7 @@ $T$ tokens, and $\lVert\cdot\rVert$ the root of the sum of squares over all entr
 
 | field | formula |
 |---|---|
-| stream, attn, ffn | RMS of $x_l$, of the branches' outputs as the wiring adds them |
+| stream, attn, ffn | RMS of $x_l$, of the branches' outputs before what the wiring itself puts after them |
 | slots[role].raw, .used | RMS of W x, and of what norms and scales make of it (q, k, v: what attention reads) |
 | slots[role].grad, .weight | $\lVert \partial L/\partial W \rVert$, RMS of W |
 | grad | $\lVert \partial L/\partial x_l \rVert$; with several streams, of all of them together |

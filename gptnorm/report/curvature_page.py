@@ -18,7 +18,7 @@ from gptnorm.tables import flatten
 MOST_SPECTRA = 6
 """Steps whose spectrum is drawn, evenly chosen."""
 
-MOST_SLOTS = 8
+MOST_SLOTS = 12
 """Slots in one plot over steps."""
 
 Readings = list[dict[str, Any]]

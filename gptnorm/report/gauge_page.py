@@ -11,7 +11,7 @@ from gptnorm.report.format import MISSING, count_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 
-MOST_SLOTS = 8
+MOST_SLOTS = 12
 """Slots drawn in one plot; the table has all of them."""
 
 Column = list[float | None]

@@ -103,7 +103,7 @@ def _summary(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _notes() -> Markup:
     notes = [
-        "RMS: root of the mean square over tokens and features. Branches as the block adds them.",
+        "RMS: root of the mean square over tokens and features. Branches before any norm of the wiring after them.",
         "Gradient norms: of the training objective on this batch, over all entries of a tensor.",
         "Cosine of two tokens: mean over pairs of a sequence; 1 means that all tokens have become one (rank collapse).",
         "Attention logits: the bound is scale · max‖q‖ · max‖k‖ of a head, the largest is exact.",

@@ -56,7 +56,7 @@ def parse_widths(text: str) -> list[int]:
     allowed = "must be LOW:HIGH, doubled from one to the other, or two widths or more with commas, such as 32,96,256"
     ends = text.split(":")
     parts = [part.strip() for part in (ends if len(ends) > 1 else text.split(","))]
-    if not all(part.isascii() and part.isdecimal() for part in parts) or len(ends) > 2:
+    if not all(part.isascii() and part.isdecimal() and len(part) < 9 for part in parts) or len(ends) > 2:
         raise bad_value("--widths", text, allowed)
     found = [int(part) for part in parts]
     if not all(SMALLEST <= width <= LARGEST for width in found):

@@ -5,7 +5,7 @@ At a watched step one more forward pass over a few of its sequences, with the we
 | key | meaning |
 |---|---|
 | stream_norm, stream_rms | mean over tokens of $\lVert h \rVert_2$ after the block, and its RMS |
-| attn_norm, ffn_norm | the same of the branches' outputs, as the block adds them |
+| attn_norm, ffn_norm | the same of the branches' outputs, before any norm of the wiring after them |
 | attn_variance, ffn_variance | their mean squares |
 | cosine, token_cosine | $\cos(h_{l-1}, h_l)$; mean cosine of two tokens of a sequence (1: rank collapse) |
 | logit_bound, logit_max | scale max‖q‖ max‖k‖, and the largest attention logit of these sequences; the worst head |

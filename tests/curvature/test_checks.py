@@ -85,6 +85,14 @@ def test_the_critical_rate_of_a_parabola(curvature, start):
     assert found.value == pytest.approx(2 / curvature, rel=0.06)
 
 
+@given(st.floats(1e-12, 1e3), st.floats(0.1, 10))
+def test_a_start_too_small_to_be_seen_is_gone_up_from(start, level):
+    """Late in a schedule a step lowers the loss by less than rounding: that is no rate at which it rises."""
+    found = critical_rate(lambda rate: level - 2 * rate + 2 * rate**2, start, most=120)
+    assert found.high is not None
+    assert found.value == pytest.approx(1.0, rel=0.06)
+
+
 def test_critical_rates_that_are_not_there():
     falls = critical_rate(lambda rate: -rate, 1.0, most=20)
     assert (falls.high, falls.value) == (None, None)
@@ -93,6 +101,8 @@ def test_critical_rates_that_are_not_there():
     assert rises.passes == falls.passes == 20
     noisy = critical_rate(lambda rate: 5.0 + max(rate - 1e-3, 0.0), 1.0)
     assert (noisy.low, noisy.value) == (0.0, None), "rounding is no descent"
+    flat = critical_rate(lambda rate: 5.0, 1e-3, most=20)
+    assert (flat.low, flat.high) == (0.0, None), "nothing is seen at any rate"
     explodes = critical_rate(lambda rate: -rate if rate < 3 else math.nan, 1e-3)
     assert explodes.value == pytest.approx(3, rel=0.06)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gptnorm import cli
 from gptnorm.cli.output import write_all
-from gptnorm.curvature import LanguageLoss
+from gptnorm.curvature import LanguageLoss, command
 from gptnorm.errors import UserError
 from gptnorm.probe.source import open_source
 from gptnorm.train.run_folder import RunFolder
@@ -137,6 +137,15 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
     losses = [reading["sharpness"]["loss"] for reading in record["readings"]]
     assert len(set(losses)) == 3
     assert losses == sorted(losses, reverse=True)
+    # In the order of the steps, each once; a missing one shows before the first is measured.
+    ask(run, "--step", "6,0,3,6", "--what", "sharpness", "--part", "blocks.0.ffn", "--rows", 2**60, "--json", path)
+    again = json.loads(path.read_text())["readings"]
+    assert [reading["step"] for reading in again] == [0, 3, 6]
+    assert [reading["sharpness"]["loss"] for reading in again] == losses
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "measure_sharpness", lambda *_, **__: pytest.fail("measured"))
+        code, out, err = ask(run, "--step", "0,7", "--what", "sharpness")
+    assert (code, "7" in err) == (2, True)
     code, out, _ = ask(run, "--most", "2", "--slot", "blocks.0.ffn.up", "--slot", "blocks.0.attn.o")
     assert code == 0
     assert out.count("*") > 4, "what has not converged is marked, in slots, too"
@@ -179,6 +188,9 @@ def test_a_run_at_its_checkpoints(ask, recipe, tmp_path, monkeypatch, capsys):
         (["--token", "last"], "--token = 'last': must be a position of the sequence, middle or all"),
         (["--step", "3"], "--step = 3: needs a run folder"),
         (["--step", "x"], "--step = 'x'"),
+        (["--step", "9" * 5000], "--step = '999"),
+        (["--token", "9" * 5000], "--token = '999"),
+        (["--tolerance", "nan"], "--tolerance = nan: must be above 0"),
         (["--json", "nowhere/c.json"], "--json"),
         (["--report", "nowhere/c.html"], "--report = 'nowhere/c.html': cannot be written: no such folder"),
         (["model.strategy=foo"], "model.strategy"),

@@ -67,6 +67,7 @@ def test_the_other_checks(ask, tmp_path, monkeypatch):
         (["all"], "CHECK = 'all': one of scale"),
         (["--widths", "32"], "--widths = '32': must be LOW:HIGH"),
         (["--widths", "x:y"], "--widths = 'x:y'"),
+        (["--widths", "9" * 5000 + ",32"], "--widths = '999"),
         (["--widths", "32:99999"], "each must be 8 … 2048"),
         (["--seeds", "1"], "--seeds"),
         (["--seeds", "many"], "--seeds"),
