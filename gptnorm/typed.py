@@ -130,4 +130,8 @@ def _want(error: ErrorDetails) -> str:
         return "must not be empty" if least == 1 else f"needs {least} or more"
     if error["type"] in simple:
         return simple[error["type"]]
-    return error["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
+    for key, words in (("ge", "at least"), ("gt", "greater than"), ("le", "at most"), ("lt", "less than")):
+        bound = error.get("ctx", {}).get(key)
+        if bound is not None:
+            return f"must be {words} {bound:g}" if isinstance(bound, float) else f"must be {words} {bound}"
+    return error["msg"].replace("Input should be", "must be")

@@ -94,7 +94,7 @@ def call(monkeypatch, *arguments):
         ("resume empty.txt", "empty.txt"),
         ("strategies nosuch", "nosuch"),
         ("quickstart study.lrs=[]", "study.lrs"),
-        ("quickstart study.lrs=[-1]", "study.lrs = -1: must be greater than 0"),
+        ("quickstart study.lrs=[-1]", "study.lrs = -1: must be at least 1e-30"),
         ("quickstart study.lrs=[1,1]", "study.lrs"),
         ("quickstart study.seeds=[0.5]", "study.seeds"),
         ('quickstart study.strategies=["foo"]', "foo"),
