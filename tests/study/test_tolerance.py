@@ -197,7 +197,7 @@ def test_other_maps_are_another_study(study, tmp_path):
         (["study.report=most"], "study.report = 'most'"),
         (["study.lrs=[1e-40,1e-3]"], "study.lrs"),
         (["study.lrs=[1e-3,1e300]"], "must be at most 1e+30"),
-        (["study.stability.margin=nan"], "study.stability.margin = nan"),
+        (["study.stability.margin=nan"], "study.stability.margin = nan: must be a number"),
         (["train.log_every=10"], "train.log_every: the study sets it itself"),
         (["study.map.train.log_every=[1,10]"], "study.map.train.log_every = [1, 10]: the study sets it itself"),
         (["study.map.optim.warmup=[{a=1},{a=2}]"], "study.map.optim.warmup = {'a': 1}: must be a value"),
