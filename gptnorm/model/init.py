@@ -101,12 +101,12 @@ def normalize_(weight: Tensor, axis: int, *, only_longer: bool = False) -> None:
 
 @torch.no_grad()
 def pull_back_(weight: Tensor, axis: int, multiplier: Tensor) -> None:
-    """lambda <- max(0, lambda + (|w|^2 - 1) / 2), then w <- (1 - lambda) w, for the vectors w along `axis`.
+    """lambda <- max(0, lambda + 2 (|w|^2 - 1) / n), then w <- (1 - lambda) w, for the vectors w of n numbers along `axis`.
 
     Args:
         multiplier: lambda, of the weight's shape without `axis`; changed in place. Whole on every process, also where
             the weight is spread over them.
     """
-    excess = (all_squares_along(weight, axis).squeeze(axis).to(multiplier.dtype) - 1) / 2
-    multiplier.add_(excess).clamp_min_(0.0)
+    excess = all_squares_along(weight, axis).squeeze(axis).to(multiplier.dtype) - 1
+    multiplier.add_(2 * excess / weight.shape[axis]).clamp_min_(0.0)
     here(weight).mul_(1 - part_of(multiplier.unsqueeze(axis), like=weight))

@@ -114,11 +114,13 @@ class Draw:
 class Constraint:
     """What holds for a weight after every step: vectors along `axis` have L2 norm 1, or at most 1.
 
-    At initialisation they are brought to exactly 1 in every case. A "penalty" pulls a vector w that is
-    longer than 1 back instead of cutting it: after each step
-    lambda <- max(0, lambda + (|w|^2 - 1) / 2), w <- (1 - lambda) w
-    (the augmented Lagrangian of constrained parameter regularisation, Franke et al. 2023, arXiv
-    2311.09058, with one multiplier per vector).
+    At initialisation they are brought to exactly 1 in every case. A "penalty" pulls a vector w of n
+    numbers that is longer than 1 back instead of cutting it: after each step
+    lambda <- max(0, lambda + 2 (|w|^2 - 1) / n), w <- (1 - lambda) w
+    (constrained parameter regularisation, Franke et al. 2023, arXiv 2311.09058, with one multiplier per
+    vector). It is a soft bound: a vector that each update lengthens stays above 1 until its multiplier
+    has grown to undo the update. Without the 1/n, which is that of its public code, a vector that one
+    update brings past sqrt(1.5) would flip its sign.
     """
 
     axis: Literal[-1, -2]

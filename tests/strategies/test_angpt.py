@@ -158,7 +158,7 @@ def test_stored_scale_moves_at_the_stated_rate() -> None:
 
 
 def test_penalty_pulls_rows_back_step_by_step() -> None:
-    """λ ← max(0, λ + (‖w‖² − 1)/2), w ← (1 − λ) w: nothing at norm 1; a long row ends at or below 1."""
+    """λ ← max(0, λ + 2 (‖w‖² − 1)/n), w ← (1 − λ) w: nothing at norm 1; a long row ends at or below 1."""
     model = tiny_gpt("angpt", "llama2", own={"bound": "penalty"})
     owner = model.blocks[0].attn.q
     start = owner.weight.detach().clone()
@@ -166,10 +166,13 @@ def test_penalty_pulls_rows_back_step_by_step() -> None:
     torch.testing.assert_close(owner.weight.detach(), start, rtol=1e-6, atol=1e-7)
     with torch.no_grad():
         owner.weight[0] *= 1.1
-    model.after_step()
-    expected = 1.1 * (1 - (1.1**2 - 1) / 2)
-    assert owner.weight[0].norm().item() == pytest.approx(expected, rel=1e-5)
-    assert owner.multiplier[0].item() == pytest.approx((1.1**2 - 1) / 2, rel=1e-4)
+    norm, multiplier = 1.1, 0.0
+    for _ in range(3):
+        model.after_step()
+        multiplier += 2 * (norm**2 - 1) / 32
+        norm *= 1 - multiplier
+        assert owner.multiplier[0].item() == pytest.approx(multiplier, rel=1e-4)
+        assert owner.weight[0].norm().item() == pytest.approx(norm, rel=1e-5)
     for _ in range(100):
         model.after_step()
     assert owner.weight[0].norm().item() <= 1

@@ -183,15 +183,16 @@ def matrices(model: GPT) -> Iterator[tuple[str, WeightOwner, Tensor]]:
             yield f"{name}[{n}]", owner, matrix
 
 
+@pytest.mark.parametrize("lr", [1e-2, 1e-1])
 @pytest.mark.parametrize("moe", [False, True])
-def test_a_penalty_keeps_rows_near_norm_1(moe: bool) -> None:
-    """(1 - lambda) n <= n (3 - n^2) / 2 <= 1, so that no row is longer than 1; multipliers overshoot a little.
+def test_a_penalty_keeps_rows_near_norm_1(moe: bool, lr: float) -> None:
+    """Multipliers grow until they undo what an update adds, and no row turns round on the way.
 
-    One batch again and again lengthens the rows: left alone their mean norm is 1.6 (experts: 1.5) after fifty steps.
-    Pulled back, 95 % of them end above 0.945 (0.955) and half above 0.976 (0.982).
+    One batch again and again lengthens the rows: left alone half of them are longer than 1.5 after fifty
+    steps at 1e-2. Pulled back, all are below 1.05 there, and below 1.25 at 1e-1, where one update may add 0.5.
     """
     model = tiny_gpt("angpt", "llama2", moe=moe, own={"bound": "penalty"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
     def norms() -> Tensor:
         return torch.cat([matrix.norm(dim=-1) for _, _, matrix in matrices(model)])
@@ -202,11 +203,13 @@ def test_a_penalty_keeps_rows_near_norm_1(moe: bool) -> None:
         model.loss(tokens()).backward()
         optimizer.step()
         pushed += float((norms() > 1 + 1e-6).float().mean()) / 50
+        updated = [matrix.clone() for _, _, matrix in matrices(model)]
         model.after_step()
-        assert norms().max() <= 1 + 1e-6
+        for before, (name, _, after) in zip(updated, matrices(model), strict=True):
+            assert ((before * after).sum(-1) >= 0).all(), name
     assert pushed > 0.3
-    assert norms().quantile(0.05) > 0.92
-    assert norms().median() > 0.96
+    assert norms().max() < (1.05 if lr == 1e-2 else 1.25)
+    assert norms().median() > (0.9 if lr == 1e-2 else 0.75)
 
 
 @every_case
