@@ -101,7 +101,7 @@ def normalize_(weight: Tensor, axis: int, *, only_longer: bool = False) -> None:
 
 @torch.no_grad()
 def pull_back_(weight: Tensor, axis: int, multiplier: Tensor) -> None:
-    """lambda <- max(0, lambda + 2 (|w|^2 - 1) / n), then w <- (1 - lambda) w, for the vectors w of n numbers along `axis`.
+    """lambda <- max(0, lambda + 2 (|w|^2 - 1) / n), then w <- (1 - lambda) w, for vectors w of n numbers along `axis`.
 
     Args:
         multiplier: lambda, of the weight's shape without `axis`; changed in place. Whole on every process, also where
