@@ -52,6 +52,7 @@ from gptnorm.data.tokenizer import (
 from gptnorm.data.writer import TRAIN, Counts, Rules, Tally, Writer
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import sha256_file, write_atomic
+from gptnorm.limits import cores
 from gptnorm.lock import Taken, locked
 
 COMMIT_SECONDS = 5.0
@@ -265,7 +266,7 @@ def _build_locked(
     writer = Writer(work, rules, Tally.from_json(journal["tally"]) if journal else None)
     try:
         if journal is None or not journal["is_read"]:
-            _fill(target, source, plan, writer, Encoder(tokenizer, work, dtype, workers or _cores()), journal, watcher)
+            _fill(target, source, plan, writer, Encoder(tokenizer, work, dtype, workers or cores()), journal, watcher)
         _refuse_empty_split(target, config, writer.tally)
         watcher.begin("checking")
         writer.write_val(work / "val.bin")
@@ -460,11 +461,6 @@ def _split(counts: Counts, path: Path) -> SplitManifest:
         sha256=sha256_file(path),
         repeats=counts.repeats,
     )
-
-
-def _cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sync(path: Path) -> None:

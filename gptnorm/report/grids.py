@@ -40,7 +40,7 @@ class Grid:
     head: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
     words: int
-    """Leading columns that hold text."""
+    """Leading columns that hold text; the first heads its row even if it holds a number."""
 
 
 def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str], answer: Sequence[str] = ()) -> Group:
@@ -83,7 +83,7 @@ def grid_table(grid: Grid) -> Markup:
     rows = []
     for row in grid.rows:
         words = [page.data_cell(_content(entry), "words") for entry in row[1 : grid.words]]
-        cells = [page.data_cell(_content(entry)) for entry in row[grid.words :]]
+        cells = [page.data_cell(_content(entry)) for entry in row[max(1, grid.words) :]]
         rows.append([page.head_cell(str(row[0])), *words, *cells])
     words = frozenset(grid.head[1 : grid.words])
     return page.table(grid.title, list(grid.head), rows, class_="numbers grid", words=words)

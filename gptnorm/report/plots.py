@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -157,7 +157,7 @@ def rate_panels(
             axes.set_xlim(0, right * 1.03)
             axes.set_ylim(*limits)
             for line in found:
-                _panel_line(axes, line, sequential(lrs.index(line.lr), len(lrs)), points)
+                _panel_line(axes, line, lrs.index(line.lr), len(lrs), points)
             axes.set_title(title)
             axes.set_xlabel("step")
             axes.set_ylabel("training loss")
@@ -207,10 +207,21 @@ def row_marks(axes: Axes, row: Row, how: Look, high: float, shift: float) -> Non
     strip_marks(axes, ABOVE, above, how, shift=shift)
 
 
-def _panel_line(axes: Axes, line: RateCurve, colour: Any, points: int) -> None:
+def _panel_line(axes: Axes, line: RateCurve, index: int, count: int, points: int) -> None:
+    """Rate number `index` of `count`: its colour says how high it is, a few markers say which it is."""
     shown = thin(smooth(line.curve), points)
     label = f"{lr_text(line.lr)} ×" if line.diverged else lr_text(line.lr)
-    axes.plot(shown.steps, shown.values, color=colour, linewidth=1.5, label=label)
+    axes.plot(
+        shown.steps,
+        shown.values,
+        color=sequential(index, count),
+        linewidth=1.5,
+        label=label,
+        marker=look(index).marker,
+        markersize=4,
+        # As parts of the panel's diagonal; marks of neighbours do not lie on each other.
+        markevery=(0.05 + 0.04 * (index % 4), 0.2),
+    )
     if line.diverged:
         end = float(np.clip(shown.values[-1], *axes.get_ylim()))
         axes.plot([shown.steps[-1]], [end], "x", color=WARNING, markersize=8, markeredgewidth=2, clip_on=False)

@@ -182,7 +182,7 @@ def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = 
         *_data_pairs(study),
         ("Seeds", ", ".join(str(seed) for seed in study.seeds) if seeds is None else seeds),
         *environments_pairs(study.environments),
-        ("Wall time", duration_text(study.seconds)),
+        ("Time, of all sessions and parts", duration_text(study.seconds)),
     ]
     content = []
     if study.commands:

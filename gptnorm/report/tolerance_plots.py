@@ -380,7 +380,9 @@ def training_panels(study: ToleranceStudy, place: Place, prefix: str, points: in
             continue
         wanted = {point.lr for point in track.picked}
         curves = curves_of(study.about.folder, [trial.cell for trial in track.trials if trial.point.lr in wanted])
-        unstable = {trial.point.lr for trial in track.trials if not trial.point.stable}
+        # Judged by its seed's best, as everywhere else on the page.
+        judged = [*track.picked, *(point for _, points in track.mean_curve() for point in points)]
+        unstable = {point.lr for point in judged if not point.stable}
         lines = [RateCurve(lr, curve, lr in unstable, lr not in unstable) for (_, lr), curve in sorted(curves.items())]
         panels.append((name, lines))
         lrs |= {line.lr for line in lines}

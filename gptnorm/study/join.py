@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
@@ -49,7 +49,7 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     for part in parts:
         if part.resolve() == folder.resolve():
             raise UserError(f"{part}: is joined into itself")
-    found = [(part, facts := facts_to_grow(part), _lines_of(part, facts, folder)) for part in parts]
+    found = [(part, facts := facts_to_grow(part), _lines_of(part, facts)) for part in parts]
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
@@ -63,7 +63,8 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
                 _copy_run(part, folder, run)
                 ledger.add(run, **line, environment=places[environment])
             if new:
-                ledger.spent(facts["seconds"] or 0.0)
+                # A part that has grown brings the time of what is new in it.
+                ledger.spent((facts["seconds"] or 0.0) * len(new) / len(lines))
             added += len(new)
         assert ledger.earlier is not None
         ledger.complete(
@@ -78,19 +79,21 @@ def _ask(before: Facts, now: Facts) -> bool:
     return all(before.get(key) == now.get(key) for key in (before.keys() | now.keys()) - told)
 
 
-def _lines_of(part: Path, facts: Facts, folder: Path) -> list[dict[str, Any]]:
+def _lines_of(part: Path, facts: Facts) -> list[dict[str, Any]]:
     """The ledger of a part, of two lines of the same run the last.
 
     Raises:
-        UserError: a line names an environment that there is not, or a run that would be copied out of `folder`.
+        UserError: a line names an environment that there is not, or a run that is none: its folder takes the place of
+            what is there.
     """
     path, environments = part / "cells.jsonl", len(facts["environments"])
     lines = {line["run"]: line for line in read_cells(path)}
     for run, line in lines.items():
         if line.get("environment", 0) not in range(environments):
             raise UserError(f"{path}: names an environment that study.json lacks: {line['environment']!r}")
-        if not (folder / run).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path}: names a run outside its folder: {run!r}")
+        parts = PurePath(run).parts
+        if len(parts) < 3 or parts[0] != "cells" or ".." in parts:
+            raise UserError(f"{path}: names a run that is no folder cells/STRATEGY/…: {run!r}")
     return list(lines.values())
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
-from gptnorm.files import left_half, write_atomic
+from gptnorm.files import left_half, naming, write_atomic
 from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
 from gptnorm.study.cell import TEXT, text_name
@@ -98,7 +98,8 @@ class Ledger:
     def add(self, run: str, *, environment: int, **fields: Any) -> None:
         """The line of a run that has ended in that environment, on the disk before it returns."""
         line = {**fields, "run": run, "environment": environment}
-        with (self.folder / "cells.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "cells.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -114,8 +115,25 @@ class Ledger:
     def spent(self, seconds: float) -> None:
         """Adds to the time that the study has taken."""
         assert self.earlier is not None
-        self.earlier["seconds"] = round((self.earlier["seconds"] or 0.0) + seconds, 1)
+        self.earlier["seconds"] = round((self.earlier["seconds"] or 0.0) + seconds, 3)
         self._write(self.earlier)
+
+    def move_aside(self) -> Path:
+        """Renames the folder to the first free NAME.1, NAME.2, …, while nobody else can work in it.
+
+        Returns:
+            Where it was, by a name that does not move along as "." does.
+        """
+        home = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
+        number = 1
+        while (aside := home.with_name(f"{home.name}.{number}")).exists():
+            number += 1
+        try:
+            home.rename(aside)
+        except OSError as error:
+            raise UserError(f"{home}: cannot be moved aside: {error.strerror}") from None
+        self.folder = aside
+        return home
 
     def _write(self, facts: Facts) -> None:
         write_atomic(self.folder / "study.json", json.dumps(facts, indent=2) + "\n")

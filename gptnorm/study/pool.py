@@ -18,12 +18,14 @@ from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from gptnorm.errors import UserError
 from gptnorm.records import read_lines
 from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
+from gptnorm.study.workers import Workers
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
@@ -70,9 +72,9 @@ class _Reporter:
 
 
 def run_cells(
-    wanted: Callable[[], list[Cell]], texts: Mapping[str, Path], folder: Path, workers: int, console: Console
+    wanted: Callable[[], list[Cell]], texts: Mapping[str, Path], folder: Path, workers: Workers, console: Console
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Runs cells in `workers` processes and yields each with its outcome as it ends.
+    """Runs cells in parallel processes and yields each with its outcome as it ends. Several GPUs are dealt out.
 
     A failing cell ends the study with its exception, a killed worker with a UserError; cells that have ended are kept.
 
@@ -83,9 +85,10 @@ def run_cells(
     # Fresh interpreters: forking after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
+    how = (queue, context.Value("i", 0), _gpus(), workers.threads)
     with (
         Display(console) as display,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,)) as pool,
+        ProcessPoolExecutor(workers.count, mp_context=context, initializer=_start_worker, initargs=how) as pool,
     ):
         futures: dict[Future[Outcome], Cell] = {}
         waiting: set[Future[Outcome]] = set()
@@ -119,7 +122,7 @@ def run_cells(
             for process in multiprocessing.active_children():
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
-                fewer = f", with fewer runs at once by study.workers={workers // 2}" if workers > 1 else ""
+                fewer = f", with fewer runs at once by study.workers={workers.count // 2}" if workers.count > 1 else ""
                 raise UserError(
                     "a process that trained was killed, perhaps for want of memory; ended runs are kept, and the same "
                     f"command goes on{fewer}"
@@ -127,9 +130,25 @@ def run_cells(
             raise
 
 
-def _start_worker(queue: Any) -> None:
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
+def _start_worker(queue: Any, started: Any, gpus: list[str], threads: int | None) -> None:
+    """Args: started: how many workers have, shared by all."""
     global _queue  # noqa: PLW0603 - the pool's only way to hand a queue to its processes
     _queue = queue
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if gpus:
+        # Read when CUDA is first used, which no worker has done yet.
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    if threads is not None:
+        torch.set_num_threads(threads)
     # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A parent that is killed cannot end its workers, and they would train on unseen.

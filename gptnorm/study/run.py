@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from gptnorm.environment import describe_environment
-from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import Recipe, load_recipe
 from gptnorm.study.cell import Cell
@@ -123,12 +122,17 @@ def run_study(
         _check(plan.samples, texts)
         device = resolve_device(config.train.device)
         line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
-        facts = describe_study(recipe, plan, texts, overrides, line, describe_environment(device))
+        vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
+        workers = workers_for(plan.samples, device, vocab, study.workers)
+        environment = describe_environment(device)
+        if workers.threads is not None:
+            environment["threads"] = workers.threads
+        facts = describe_study(recipe, plan, texts, overrides, line, environment)
         if fresh and ledger.earlier is not None:
+            folder = ledger.move_aside()
             stack.close()
-            _move_aside(folder)
             ledger = stack.enter_context(Ledger(folder))
-        (environment,) = ledger.begin(facts)
+        (place,) = ledger.begin(facts)
 
         def wanted() -> list[Cell]:
             return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {}).get("unigram_entropy"))
@@ -138,17 +142,28 @@ def run_study(
             if not ledger.done:
                 console.print(f"part {part_name(kind.part)}: no run falls to it, the study has fewer shares than that")
             return folder
-        vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
-        workers = study.workers or workers_for(plan.samples, device, vocab)
         folders = {name: shards.folder for name, shards in texts.items()}
-        started = time.monotonic()
+        spent = _Stopwatch()
         try:
             for cell, outcome in run_cells(wanted, folders, folder, workers, console):
-                ledger.add(cell.folder, environment=environment, **cell.facts, **_line(outcome))
+                ledger.add(cell.folder, environment=place, **cell.facts, **_line(outcome))
+                # What a kill takes away is the time since the last run that ended.
+                ledger.spent(spent.seconds())
         finally:
-            ledger.spent(time.monotonic() - started)
+            ledger.spent(spent.seconds())
         ledger.complete(not wanted() and kind.part == (1, 1))
     return folder
+
+
+class _Stopwatch:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def seconds(self) -> float:
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
 
 
 def _line(outcome: Outcome) -> dict[str, Any]:
@@ -172,14 +187,3 @@ def _check(samples: list[Cell], texts: Texts) -> None:
         if kind not in built:
             built.add(kind)
             build_gpt(cell.config, vocab=check_vocab(cell.config, texts[cell.text]), device="meta")
-
-
-def _move_aside(folder: Path) -> None:
-    """Renames the folder to the first free NAME.1, NAME.2, …"""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be moved aside: {error.strerror}") from None

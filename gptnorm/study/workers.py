@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
+from gptnorm.limits import cores, memory_available
 from gptnorm.plan.memory import cpu_step_bytes
 from gptnorm.study.cell import Cell
 
@@ -15,41 +16,38 @@ PROCESS_BYTES = 3 * 2**28
 """What a worker takes beside the step: the interpreter with torch, 0.65 GiB on a Linux CPU, and some room."""
 
 
-def workers_for(samples: Sequence[Cell], device: torch.device, vocab: int) -> int:
-    """One on a GPU; else one per core, but no more than have room in memory, and one at least.
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes that run cells."""
 
-    The step's peak is `gptnorm.plan`'s, of the sample that has the most numbers to keep.
+    count: int
+    threads: int | None = None
+    """CPU threads of each; None: as recipe or OMP_NUM_THREADS say."""
+
+
+def workers_for(samples: Sequence[Cell], device: torch.device, vocab: int, asked: int = 0) -> Workers:
+    """One per GPU; on a CPU as many as have cores and memory for it, and one at least.
+
+    Each has as many threads as the recipe says, or OMP_NUM_THREADS; where neither does, one, or its share of the cores
+    where memory or `asked` leave more to each. The step's peak is `gptnorm.plan`'s, of the sample that has the most
+    numbers to keep.
+
+    Args:
+        asked: how many; 0: as many as that.
     """
+    threads = samples[0].config.train.threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 0)
     if device.type == "cuda":
-        return 1
+        return Workers(count=asked or max(1, torch.cuda.device_count()))
+    count = asked or max(1, min(cores() // max(1, threads), _fit_in_memory(samples, vocab)))
+    return Workers(count=count, threads=None if threads else max(1, cores() // count))
+
+
+def _fit_in_memory(samples: Sequence[Cell], vocab: int) -> int:
     room = memory_available()
     if cores() < 2 or room is None:
         return cores()
     step = cpu_step_bytes(max(samples, key=_step_size).config, vocab)
-    return max(1, min(cores(), room // (step + PROCESS_BYTES)))
-
-
-def cores() -> int:
-    """Cores that this process may use, where the system tells (Linux), else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_available() -> int | None:
-    """Bytes that can be had without swapping, where Linux tells; within the limit of a control group, if any."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        found.append(kibibytes["MemAvailable"] * 1024)
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        found.append(limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control groups, or no limit ("max")
-        pass
-    return max(0, min(found))
+    return room // (step + PROCESS_BYTES)
 
 
 def _step_size(cell: Cell) -> float:

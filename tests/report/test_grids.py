@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
-from gptnorm.report.grids import Grid, Stacked, rich_grids
+from gptnorm.report.grids import Grid, Stacked, grid_table, rich_grids
 
 NUMBER = Stacked("1.2345", "[1.2300, 1.2400]")
 
@@ -34,3 +35,25 @@ def test_nothing_of_a_number_is_cut_off(columns: int, name: str) -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(rich_grids("A study", [Grid(title="Losses", head=head, rows=rows, words=2)], []))
     assert console.file.getvalue().count("9") == 16 * columns
+
+
+class Cells(HTMLParser):
+    """How many cells each row of a page has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "tr":
+            self.rows.append(0)
+        if tag in ("td", "th"):
+            self.rows[-1] += 1
+
+
+@pytest.mark.parametrize("words", [0, 1, 2])
+def test_a_number_stands_under_its_head(words: int) -> None:
+    grid = Grid(title="Losses", head=("rate", "on", "loss"), rows=(("1e-2", "speeches", NUMBER),) * 2, words=words)
+    cells = Cells()
+    cells.feed(str(grid_table(grid)))
+    assert cells.rows == [3, 3, 3]

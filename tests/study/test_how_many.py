@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gptnorm.recipe import load_recipe
-from gptnorm.study import workers
+from gptnorm.study import pool, workers
 from gptnorm.study.cell import Cell
 
 
@@ -24,8 +29,8 @@ def machine(monkeypatch):
     return make
 
 
-def many(*cells, device="cpu"):
-    return workers.workers_for(cells, torch.device(device), 257)
+def many(*cells, device="cpu", asked=0):
+    return workers.workers_for(cells, torch.device(device), 257, asked).count
 
 
 def test_as_many_as_cores_where_memory_suffices(machine):
@@ -33,7 +38,15 @@ def test_as_many_as_cores_where_memory_suffices(machine):
     assert many(cell()) == 4
     machine(4, None)
     assert many(cell()) == 4
-    assert many(cell(), device="cuda") == 1
+    assert many(cell(), asked=7) == 7
+
+
+def test_one_for_each_gpu(machine, monkeypatch):
+    machine(16, 2**36)
+    for gpus in (0, 1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert many(cell(), device="cuda") == max(1, gpus)
+    assert many(cell(), device="cuda", asked=8) == 8
 
 
 def test_memory_limits(machine):
@@ -46,7 +59,50 @@ def test_memory_limits(machine):
     assert many(cell()) == 1, "one at least"
 
 
-def test_what_this_machine_says():
-    assert workers.cores() >= 1
-    room = workers.memory_available()
-    assert room is None or 0 < room < 2**50
+@pytest.mark.parametrize(
+    ("said", "asked", "count", "each"),
+    [(1, 0, 16, None), (8, 0, 2, None), (32, 0, 1, None), (None, 0, 16, 1), (None, 4, 4, 4), (8, 4, 4, None)],
+)
+def test_threads_times_workers_are_the_cores(machine, monkeypatch, said, asked, count, each):
+    """Where the recipe says no number, no worker takes all cores."""
+    machine(16, 2**36)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    sample = cell()
+    sample = replace(sample, config=replace(sample.config, train=replace(sample.config.train, threads=said)))
+    assert workers.workers_for([sample], torch.device("cpu"), 257, asked) == workers.Workers(count=count, threads=each)
+
+
+def test_omp_num_threads_counts_as_said(machine, monkeypatch):
+    machine(16, 2**36)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    sample = cell()
+    sample = replace(sample, config=replace(sample.config, train=replace(sample.config.train, threads=None)))
+    assert workers.workers_for([sample], torch.device("cpu"), 257) == workers.Workers(count=16)
+
+
+def test_each_worker_has_its_gpu_and_threads(monkeypatch):
+    """As the pool starts them: one after the other, more than there are GPUs."""
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(pool, "_gpus", lambda: ["3", "GPU-a"])
+    how = (None, context.Value("i", 0), pool._gpus(), 2)
+    seen = [one_worker(context, how) for _ in range(3)]
+    assert seen == [("3", 2), ("GPU-a", 2), ("3", 2)]
+
+
+def one_worker(context, how):
+    with ProcessPoolExecutor(1, mp_context=context, initializer=pool._start_worker, initargs=how) as executor:
+        return executor.submit(what_it_sees).result()
+
+
+def what_it_sees():
+    return os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("visible", "names"), [(None, ["0", "1"]), ("5,GPU-a", ["5", "GPU-a"]), ("2,1,0", ["2", "1"])])
+def test_gpus_by_the_names_that_cuda_takes(monkeypatch, visible, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert pool._gpus() == names

@@ -62,6 +62,22 @@ def test_parts_make_the_whole(study, tmp_path, kind):
     assert complete(out), "joining has changed nothing"
 
 
+def test_a_part_that_has_grown_brings_the_time_of_what_is_new(study, tmp_path):
+    quiet = Console(quiet=True)
+    part = run_study(Grid(), str(study), SMALL, tmp_path / "part", quiet)
+    spend(part, 100.0)
+    join_studies([part], tmp_path / "whole")
+    run_study(Grid(), str(study), (*SMALL, "study.seeds=[4]"), part, quiet)
+    spend(part, 120.0)
+    join_studies([part], tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/study.json").read_text())["seconds"] == 100.0 + 120.0 / 2
+
+
+def spend(folder: Path, seconds: float) -> None:
+    facts = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps({**facts, "seconds": seconds}))
+
+
 def complete(folder: Path) -> bool:
     return json.loads((folder / "study.json").read_text())["complete"]
 
@@ -124,10 +140,11 @@ def test_what_does_not_go_together(study, tmp_path):
         join_studies([tmp_path / "none"], mine)
     stranger = tmp_path / "stranger"
     shutil.copytree(mine, stranger)
-    line = {**lines(mine)[0], "run": "../../away"}
-    (stranger / "cells.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(UserError, match="outside its folder"):
-        join_studies([stranger], mine)
+    for run in ("../../away", "", "cells", "cells/prenorm", "cells/prenorm/../../..", str(tmp_path / "cells/a/b")):
+        line = {**lines(mine)[0], "run": run}
+        (stranger / "cells.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserError, match="names a run that is no folder"):
+            join_studies([stranger], mine)
     assert everything(mine) == before
 
 

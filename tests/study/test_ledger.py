@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from gptnorm.report import load_study
 from gptnorm.study import run
 from gptnorm.study.grid import Grid
 from gptnorm.study.join import join_studies
-from gptnorm.study.ledger import OtherStudy
+from gptnorm.study.ledger import Ledger, OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
 
@@ -147,6 +148,51 @@ def test_begun_again_on_demand(study, tmp_path):
     assert not (tmp_path / "out.2").exists()
 
 
+def test_begun_again_from_within(study, tmp_path, monkeypatch):
+    """The folder that "." names goes along with what is moved aside; the new study stands where it was."""
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+    monkeypatch.chdir(folder)
+    assert ask(study, Path(), "train.steps=5", fresh=True) == folder
+    assert everything(tmp_path / "out.1") == before
+    assert len(lines(folder)) == 2
+    assert not (folder / "lock").exists()
+
+
+def test_a_disk_that_is_full(study, tmp_path, monkeypatch):
+    """Ledger and study.json are named, so that it is one line; what was there is whole."""
+    folder = ask(study, tmp_path / "out")
+    before = everything(folder)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with Ledger(folder) as ledger:
+        with pytest.raises(OSError, match="No space left") as failed:
+            ledger.add("cells/prenorm/new", environment=0)
+        assert failed.value.filename == str(folder / "cells.jsonl")
+        with pytest.raises(OSError, match="No space left") as failed:
+            ledger.spent(1.0)
+        assert failed.value.filename == str(folder / "study.json")
+    assert {**everything(folder), Path("cells.jsonl"): b""} == {**before, Path("cells.jsonl"): b""}
+
+
+def test_time_is_kept_run_by_run(study, tmp_path, monkeypatch):
+    """Whatever ends the process: the time of the runs that ended is there."""
+    told = []
+    add = Ledger.add
+
+    def look(self, *of, **more):
+        told.append(json.loads((self.folder / "study.json").read_text())["seconds"])
+        add(self, *of, **more)
+
+    monkeypatch.setattr(Ledger, "add", look)
+    folder = ask(study, tmp_path / "out", "study.seeds=[3,4]")
+    assert told[0] is None
+    assert 0 < told[1] < told[2] < told[3] <= json.loads((folder / "study.json").read_text())["seconds"]
+
+
 def test_two_at_once(study, tmp_path):
     folder = ask(study, tmp_path / "out")
     before = everything(folder)
@@ -236,20 +282,29 @@ def test_a_damaged_line_is_named_and_nothing_is_made(study, tmp_path, wrong, wor
     assert everything(folder) == before
 
 
+NO_RULES = ("study.stability.margin=-inf", "study.stability.rise=inf", "study.search.reach=1")
+"""So short a run learns nothing: without the rules there is a best rate to look for neighbours of, and an end."""
+
+
 @pytest.mark.parametrize("kind", [Grid(), Tolerance()], ids=["grid", "tolerance"])
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kill_9_again_and_again(study, tmp_path, kills, kind):
-    """Workers included. The ledger ends with the cells of a study that was left alone, each of them made once."""
+    """Two at once, the parent alone or its workers with it. The ledger ends with the cells of a study that was left
+    alone, each of them made once."""
+    rules = NO_RULES if isinstance(kind, Tolerance) else ()
     seeds, quiet = f"study.seeds={list(range(1, 4 * kills + 1))}", Console(quiet=True)
+    settings = (*SMALL, *rules, seeds, "study.workers=2")
 
     def straight_on(folder):
-        return run_study(kind, str(study), (*SMALL, seeds, "study.workers=2"), folder, quiet)
+        return run_study(kind, str(study), settings, folder, quiet)
 
     straight, folder, draw = straight_on(tmp_path / "straight"), tmp_path / "killed", random.Random(1)
-    command = [sys.executable, "-m", "gptnorm", *kind.words, str(study), *SMALL, seeds, "--dir", str(folder)]
+    command = [sys.executable, "-m", "gptnorm", *kind.words, str(study), *settings, "--dir", str(folder)]
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     for kill in range(kills):
-        process = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         begun = time.time()
         # Every fourth kill comes at any moment of the start; the others once something is being written.
         while (
@@ -257,9 +312,14 @@ def test_kill_9_again_and_again(study, tmp_path, kills, kind):
         ):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.4 if kill % 4 else 5.0))
-        process.send_signal(signal.SIGKILL)
+        if kill % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.send_signal(signal.SIGKILL)
         _, error = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {error}"
     straight_on(folder)
     assert outcomes(folder) == outcomes(straight)
     assert not (folder / "lock").exists()
+    if rules:
+        assert len({line["lr"] for line in lines(folder)}) > 2, "the search has gone on from the rates of the grid"
