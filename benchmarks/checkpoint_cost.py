@@ -27,7 +27,7 @@ from gptnorm.environment import describe_environment
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.train.checkpoint import model_tensors
-from gptnorm.train.inputs import resolve_device
+from gptnorm.train.inputs import autocast, resolve_device
 from gptnorm.train.optim import build_optimizer
 from gptnorm.train.saver import Saver
 
@@ -54,7 +54,9 @@ def main() -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        model.objective(tokens).total.backward()
+        with autocast(config, device.type):
+            total = model.objective(tokens).total
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -71,7 +73,9 @@ def main() -> None:
     stands: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         savers = {
-            kind: Saver(Path(folder) / kind, replace(config.checkpoint, keep=1, asynchronous=kind == "asynchronous"))
+            kind: Saver(
+                Path(folder) / kind, replace(config.checkpoint, keep=1, asynchronous=kind == "asynchronous"), device
+            )
             for kind in KINDS[1:]
         }
         for turn in range(options.rounds):

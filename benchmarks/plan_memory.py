@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -170,6 +171,8 @@ def simulated(case: Case, config: Config) -> int:
 
 def measured(case: Case, config: Config) -> int:
     """Peak in bytes that the allocator of this process's device saw in the same two passes."""
+    # A model and what lets go of its memory name each other, so that earlier ones are still there.
+    gc.collect()
     vocab = config.model.vocab_size or 257
     world = open_world(config)
     model: GPT = build_gpt(config, vocab=vocab, device=world.device if world.mesh is None else "meta")

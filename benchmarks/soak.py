@@ -37,7 +37,7 @@ RECIPE = "laptop/prenorm"
 SETTINGS = (
     "model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.dropout=0.1", "train.steps=4000",
     "train.batch_size=4", "train.accumulate=2", "train.seq_len=32", "train.eval_every=70", "train.eval_batches=2",
-    "checkpoint.every=5", "checkpoint.best=true", "guard.sigmas=6", "watch.every=50",
+    "train.device=cpu", "checkpoint.every=5", "checkpoint.best=true", "guard.sigmas=6", "watch.every=50",
 )  # fmt: skip
 TIMES = ("seconds", "gauge_seconds", "gauge_steps")
 """What a resumed run need not have the same."""

@@ -262,9 +262,6 @@ class OptimConfig:
     """The width at which `lr` was tuned. Has to be set where there is a `width_rule`."""
 
     def __post_init__(self) -> None:
-        if self.schedule == "wsd" and self.warmup < 1 < self.warmup + self.wsd_decay - 1e-9:
-            allowed = f"must leave room for optim.warmup = {self.warmup:g}; together they are at most 1"
-            raise bad_value("optim.wsd_decay", self.wsd_decay, allowed)
         if self.width_rule != "none" and self.name == "muon":
             # Its updates are as large at any width: divided by s their effect would fall with it.
             raise bad_value(
@@ -391,6 +388,10 @@ class Config:
             raise bad_value("parallel.tensor", self.parallel.tensor, allowed)
         if self.optim.warmup >= 1 and self.optim.warmup > self.train.steps:
             raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")
+        warmup = self.optim.warmup / (self.train.steps if self.optim.warmup >= 1 else 1)
+        if self.optim.schedule == "wsd" and warmup + self.optim.wsd_decay > 1 + 1e-9:
+            allowed = f"must leave room for optim.warmup = {self.optim.warmup:g}; at most {1 - warmup:.3g}"
+            raise bad_value("optim.wsd_decay", self.optim.wsd_decay, allowed)
         if self.gauge.token is not None and self.gauge.token >= self.train.seq_len:
             allowed = f"must be 0 … {self.train.seq_len - 1}, a position of the sequence"
             raise bad_value("gauge.token", self.gauge.token, allowed)

@@ -51,6 +51,15 @@ def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
     return {key: value for part in found for key, value in part.items()}
 
 
+def gathered(words: dict[str, str], group: Group | None) -> dict[str, list[str]]:
+    """Every process's word for each key, in the order of their ranks; all have the same keys."""
+    if group is None:
+        return {key: [word] for key, word in words.items()}
+    found: list[dict[str, str]] = [{} for _ in range(size_of(group))]
+    dist.all_gather_object(found, words, group=group)
+    return {key: [part[key] for part in found] for key in words}
+
+
 def is_loss_of_another(error: BaseException) -> bool:
     """Whether the error is what a process sees of another one that has died: gloo's has no type of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -55,11 +55,14 @@ def prepare_blocks(
         options: of `torch.compile`.
     """
     if compiled:
-        # A strategy may differ in every block, and each has versions for training and for validation.
-        limit = 4 * len(model.blocks) + 8
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, limit)
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+        # A strategy may differ in every block, and each has versions for training and for validation. What was
+        # compiled for earlier models of this process counts, too, and beyond the limit blocks would run uncompiled.
+        versions = 4 * len(model.blocks) + 8
+        config: Any = torch._dynamo.config
+        config.recompile_limit += versions
+        config.accumulated_recompile_limit += versions
+        # Sizes that were seen before, by another model perhaps, must not make a run's code another.
+        options = {"dynamic": False, **options}
         model.score = torch.compile(model.score, **options)
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -23,8 +23,9 @@ from gptnorm.environment import describe_environment
 from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
-from gptnorm.recipe import adjusted
-from gptnorm.train.agree import cpu_group, is_loss_of_another, largest, on_first
+from gptnorm.recipe import adjusted, to_tree
+from gptnorm.tables import flatten
+from gptnorm.train.agree import cpu_group, gathered, is_loss_of_another, largest, on_first
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
 from gptnorm.train.inputs import autocast, check_ids, check_vocab, open_batches, within_memory
@@ -74,8 +75,15 @@ def _opened_world(config: Config) -> Iterator[World]:
     world = open_world(config)
     try:
         yield world
-    finally:
+    except SharedError:
         close_world(world)
+        raise
+    except BaseException:
+        # NCCL's groups wait for all processes before they close, and the others know nothing of this error.
+        if world.device.type != "cuda":
+            close_world(world)
+        raise
+    close_world(world)
 
 
 def start_run(
@@ -172,6 +180,7 @@ class _Trainer:
         if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
             shards.verify()
         self.fingerprint = shards.fingerprint
+        self._agree()
         self.sampler, self.validation = open_batches(config, shards)
         self.model = _build(config, self.vocab, world)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -189,6 +198,15 @@ class _Trainer:
         """The last one."""
         self.best: tuple[float, int] | None = None
         """The lowest validation loss so far, and its step."""
+
+    def _agree(self) -> None:
+        """SharedError where processes would train on different texts, or with different settings."""
+        # Where a text lies may differ from machine to machine; what it holds is its fingerprint's.
+        mine = {key: repr(value) for key, value in flatten(to_tree(self.config)).items() if not key.startswith("data.")}
+        mine["data.path"] = f"a text of {self.vocab} tokens with fingerprint {self.fingerprint[:12]}"
+        for key, values in gathered(mine, self.group).items():
+            if others := set(values) - {values[0]}:
+                raise SharedError(f"{key}: {values[0]} on the first process of the run, {min(others)} on another")
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes and does not follow from config and step, as batches, rates and random numbers do."""
@@ -220,7 +238,7 @@ class _Trainer:
             UserError: the folder can no longer be written, a full disk for one.
         """
         started = time.monotonic() - self.seconds
-        saver = Saver(folder.checkpoints, self.config.checkpoint)
+        saver = Saver(folder.checkpoints, self.config.checkpoint, self.device)
         board = None
         try:
             folder.set_status("running", self.step)

@@ -222,7 +222,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("resumed", []), list):
+    resumed = found.get("resumed", []) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(resumed, list) or not all(isinstance(x, dict) for x in resumed):
         raise UserError(f"{path}: not what a run writes")
     return found
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptnorm.config import CheckpointConfig
@@ -21,12 +22,14 @@ class Saver:
     thread. Old checkpoints are removed after the new one is complete.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, device: torch.device) -> None:
         self.folder = folder
         self.config = config
         # Apart from the training's groups: its collectives come from another thread.
         self._group = cpu_group()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # A new thread's GPU is the first, whichever the process has, and torch's writer makes itself a stream there.
+        own = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint", **own)
         self._running: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: int | None) -> None:

@@ -7,8 +7,6 @@ has finite differences and the second library say who is right.
 
 from __future__ import annotations
 
-import curvlinops
-import hessian_eigenthings
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gptnorm.curvature import LanguageLoss, hutch_pp, lanczos, power_iteration
+
+curvlinops = pytest.importorskip("curvlinops")
+hessian_eigenthings = pytest.importorskip("hessian_eigenthings")
 
 
 class Flat(nn.Module):

@@ -147,3 +147,24 @@ def test_what_hooks_look_for_is_found_in_compiled_blocks() -> None:
     handle = model.blocks[0].ffn.up.register_forward_hook(spoil)
     assert first_nonfinite(model, lambda: model.objective(tokens()).total) == "output of blocks.0.ffn.up"
     handle.remove()
+
+
+def test_every_model_of_a_process_is_compiled() -> None:
+    """Models of one block share what the compiler keeps for it, and beyond a limit it would compile no more."""
+    torch._dynamo.reset()
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            ran.append(strategy)
+            return graph.forward(*args)
+
+        return run
+
+    for strategy in STRATEGIES:
+        model = tiny_gpt(strategy, "llama2", n_layers=1)
+        prepare_blocks(model, "none", compiled=True, backend=backend)
+        with torch.no_grad():
+            model.loss(tokens())
+        assert strategy in ran, "its block ran uncompiled"
+    torch._dynamo.reset()

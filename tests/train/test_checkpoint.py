@@ -216,7 +216,7 @@ def test_what_a_kill_left_is_swept(tmp_path):
 def test_asynchronous_save_keeps_what_was_when_it_began(tmp_path):
     model, optimizer = trained()
     expected = {name: tensor.clone() for name, tensor in tensors(model, optimizer).items()}
-    saver = Saver(tmp_path, CheckpointConfig(keep=1))
+    saver = Saver(tmp_path, CheckpointConfig(keep=1), torch.device("cpu"))
     saver.save(1, tensors(model, optimizer), {}, None)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -230,7 +230,7 @@ def test_asynchronous_save_keeps_what_was_when_it_began(tmp_path):
 
 def test_a_failed_asynchronous_save_is_told_at_the_next(tmp_path):
     model, optimizer = trained()
-    saver = Saver(tmp_path / "file" / "checkpoints", CheckpointConfig())
+    saver = Saver(tmp_path / "file" / "checkpoints", CheckpointConfig(), torch.device("cpu"))
     (tmp_path / "file").touch()
     saver.save(1, tensors(model, optimizer), {}, None)
     with pytest.raises(NotADirectoryError):

@@ -241,6 +241,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_on_deman
         ("metrics.jsonl", '{"a": 1}\n'),
         ("environment.json", "[]"),
         ("environment.json", "{"),
+        ("environment.json", '{"resumed": [3]}'),
     ],
 )
 def test_a_file_that_no_run_writes_is_one_line(copy, name, content):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from cases import DENSE, tiny_gpt, tokens
 from saving import weights_of
 from stopping import Stop, StopAt, train
 
+from gptnorm.config import Config
 from gptnorm.data import prepare
-from gptnorm.errors import UserError
+from gptnorm.errors import SharedError, UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies.base import BranchScale
 from gptnorm.train import loop
@@ -224,3 +227,17 @@ def test_compiled_run_gives_the_same_losses(recipe, tmp_path):
     train(recipe, tmp_path / "compiled", "train.compile=true")
     for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
         assert a[2] == pytest.approx(b[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("error", [None, SharedError("of all"), UserError("of one"), KeyboardInterrupt()])
+def test_nccl_s_groups_are_not_closed_on_an_error_of_one_process(monkeypatch, device, error):
+    """NCCL waits there for the other processes, which know nothing of it, so that it would never be told."""
+    closed = []
+    monkeypatch.setattr(loop, "open_world", lambda config: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(loop, "close_world", closed.append)
+    with contextlib.suppress(UserError, KeyboardInterrupt), loop._opened_world(Config()):
+        if error is not None:
+            raise error
+    waits = device == "cuda" and not (error is None or isinstance(error, SharedError))
+    assert len(closed) == (0 if waits else 1)

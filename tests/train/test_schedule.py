@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from gptnorm.config import OptimConfig
+from gptnorm.config import Config, OptimConfig, TrainConfig
 from gptnorm.errors import UserError
 from gptnorm.train.schedule import lr_factor, warmup_steps
 
@@ -49,12 +49,16 @@ def test_like_torch(kind, warmup, floor):
     assert ours == pytest.approx(torch_factors(kind, warmup, 40, floor), abs=1e-6)
 
 
-def test_wsd_leaves_room_for_the_warmup():
-    settings = {"schedule": "wsd", "warmup": 0.5}
+@pytest.mark.parametrize("warmup", [0.5, 10.0])
+def test_wsd_leaves_room_for_the_warmup(warmup):
+    settings, train = {"schedule": "wsd", "warmup": warmup}, TrainConfig(steps=20)
     assert lr_factor(10, 20, OptimConfig(**settings, wsd_decay=0.5)) == 1.0, "the peak is reached"
-    with pytest.raises(UserError, match=r"^optim\.wsd_decay = 0\.6: must leave room for optim\.warmup = 0\.5"):
-        OptimConfig(**settings, wsd_decay=0.6)
-    assert OptimConfig(warmup=0.5, wsd_decay=0.6).schedule == "cosine", "where it has no effect it is not looked at"
+    Config(train=train, optim=OptimConfig(**settings, wsd_decay=0.5))
+    with pytest.raises(
+        UserError, match=rf"^optim\.wsd_decay = 0\.6: must leave room for optim\.warmup = {warmup:g}"
+    ):
+        Config(train=train, optim=OptimConfig(**settings, wsd_decay=0.6))
+    Config(train=train, optim=OptimConfig(warmup=warmup, wsd_decay=0.6))  # where it has no effect it is not looked at
 
 
 def test_wsd_is_flat_then_linear():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,27 @@ def test_bad_input_is_one_line_of_one_process(recipe, tmp_path):
     assert "parallel.data = 3" in told_once(done)
     assert not (tmp_path / "run").exists()
     assert "parallel.tensor" in run("train", recipe, f"run.dir={tmp_path / 'run'}", "parallel.tensor=2").stderr
+
+
+@pytest.mark.parametrize("key", ["data.path", "optim.lr"])
+def test_processes_that_would_train_on_something_else_are_refused(recipe, tmp_path, key):
+    """As where each machine has its own copy of a text or of a recipe, and one is old."""
+    for rank in range(2):
+        (tmp_path / f"{rank}.txt").write_text("".join(f"Line {i + rank} of a text.\n\n" for i in range(2000)))
+    script = tmp_path / "unlike.py"
+    script.write_text(
+        "import os, sys\n"
+        "from gptnorm.cli import main\n"
+        "rank = os.environ['RANK']\n"
+        f"mine = {{'data.path': {str(tmp_path)!r} + f'/{{rank}}.txt', 'optim.lr': f'{{rank}}e-3'}}[{key!r}]\n"
+        f"sys.argv[1:] = ['train', {str(recipe)!r}, 'run.dir={tmp_path / 'run'}', f'{key}={{mine}}']\n"
+        "main()\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    where = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE, env=where)
+    assert re.search(rf"{re.escape(key)}: .* on the first process of the run, .* on another", told_once(done))
+    assert not (tmp_path / "run").exists()
 
 
 ROOT = Path(__file__).parents[2]
