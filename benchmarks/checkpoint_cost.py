@@ -27,7 +27,7 @@ from gptnorm.environment import describe_environment
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.train.checkpoint import model_tensors
-from gptnorm.train.inputs import autocast, resolve_device
+from gptnorm.train.inputs import resolve_device
 from gptnorm.train.optim import build_optimizer
 from gptnorm.train.saver import Saver
 
@@ -54,9 +54,7 @@ def main() -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast(config, device.type):
-            total = model.objective(tokens).total
-        total.backward()
+        model.objective(tokens).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

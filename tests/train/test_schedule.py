@@ -54,9 +54,7 @@ def test_wsd_leaves_room_for_the_warmup(warmup):
     settings, train = {"schedule": "wsd", "warmup": warmup}, TrainConfig(steps=20)
     assert lr_factor(10, 20, OptimConfig(**settings, wsd_decay=0.5)) == 1.0, "the peak is reached"
     Config(train=train, optim=OptimConfig(**settings, wsd_decay=0.5))
-    with pytest.raises(
-        UserError, match=rf"^optim\.wsd_decay = 0\.6: must leave room for optim\.warmup = {warmup:g}"
-    ):
+    with pytest.raises(UserError, match=rf"^optim\.wsd_decay = 0\.6: must leave room for optim\.warmup = {warmup:g}"):
         Config(train=train, optim=OptimConfig(**settings, wsd_decay=0.6))
     Config(train=train, optim=OptimConfig(warmup=warmup, wsd_decay=0.6))  # where it has no effect it is not looked at
 
