@@ -13,7 +13,7 @@ numbers are those of the picking seeds, flattered by the picking, and it says so
 | loss | validation loss at $\eta^*_s$ |
 | edge | `edge_of`: the largest stable rate and the first unstable one above |
 | near | `reach_of` the loss at $\eta^*_s$ plus epsilon; of `Pair.ratio_at`, that loss times a factor |
-| sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, the loss at the start |
+| sensitivity | from the first to the last rate of the grid, with $\ell_0 = \ln V$, of a model that knows nothing |
 | gap | validation loss minus the mean training loss of the last 5 % of the steps, at $\eta^*_s$ |
 | spikes | at $\eta^*_s$ |
 | nonlinearity | mean over blocks, at $\eta^*_s$; `gptnorm.probe.linearity` |
