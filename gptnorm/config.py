@@ -390,7 +390,7 @@ class Config:
             raise bad_value("optim.warmup", self.optim.warmup, f"at most train.steps = {self.train.steps}")
         warmup = self.optim.warmup / (self.train.steps if self.optim.warmup >= 1 else 1)
         if self.optim.schedule == "wsd" and warmup + self.optim.wsd_decay > 1 + 1e-9:
-            allowed = f"must leave room for optim.warmup = {self.optim.warmup:g}; at most {1 - warmup:.3g}"
+            allowed = f"must leave room for optim.warmup = {self.optim.warmup:g}; together at most all of the steps"
             raise bad_value("optim.wsd_decay", self.optim.wsd_decay, allowed)
         if self.gauge.token is not None and self.gauge.token >= self.train.seq_len:
             allowed = f"must be 0 … {self.train.seq_len - 1}, a position of the sequence"

@@ -92,8 +92,8 @@ def _lines_of(part: Path, facts: Facts) -> list[dict[str, Any]]:
         if line.get("environment", 0) not in range(environments):
             raise UserError(f"{path}: names an environment that study.json lacks: {line['environment']!r}")
         parts = PurePath(run).parts
-        if len(parts) < 3 or parts[0] != "cells" or ".." in parts:
-            raise UserError(f"{path}: names a run that is no folder cells/STRATEGY/…: {run!r}")
+        if len(parts) not in (3, 4) or parts[0] != "cells" or ".." in parts or not parts[-1].startswith("lr-"):
+            raise UserError(f"{path}: names a run that is no folder cells/STRATEGY/…lr-…: {run!r}")
     return list(lines.values())
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
@@ -85,11 +86,7 @@ def run_cells(
     # Fresh interpreters: forking after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    how = (queue, context.Value("i", 0), _gpus(), workers.threads)
-    with (
-        Display(console) as display,
-        ProcessPoolExecutor(workers.count, mp_context=context, initializer=_start_worker, initargs=how) as pool,
-    ):
+    with Display(console) as display, _processes(workers, queue, context) as pool:
         futures: dict[Future[Outcome], Cell] = {}
         waiting: set[Future[Outcome]] = set()
         asked: set[str] = set()
@@ -130,14 +127,13 @@ def run_cells(
             raise
 
 
-def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+def _processes(workers: Workers, queue: Any, context: SpawnContext) -> ProcessPoolExecutor:
+    """Workers that report to `queue`, none started yet."""
+    how = (queue, context.Value("i", 0), workers.gpus, workers.threads)
+    return ProcessPoolExecutor(workers.count, mp_context=context, initializer=_start_worker, initargs=how)
 
 
-def _start_worker(queue: Any, started: Any, gpus: list[str], threads: int | None) -> None:
+def _start_worker(queue: Any, started: Any, gpus: tuple[str, ...], threads: int | None) -> None:
     """Args: started: how many workers have, shared by all."""
     global _queue  # noqa: PLW0603 - the pool's only way to hand a queue to its processes
     _queue = queue

@@ -125,8 +125,7 @@ def run_study(
         vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
         workers = workers_for(plan.samples, device, vocab, study.workers)
         environment = describe_environment(device)
-        if workers.threads is not None:
-            environment["threads"] = workers.threads
+        environment["threads"] = workers.threads or config.train.threads or environment["threads"]
         facts = describe_study(recipe, plan, texts, overrides, line, environment)
         if fresh and ledger.earlier is not None:
             folder = ledger.move_aside()

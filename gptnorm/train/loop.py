@@ -203,7 +203,7 @@ class _Trainer:
         """SharedError where processes would train on different texts, or with different settings."""
         # Where a text lies may differ from machine to machine; what it holds is its fingerprint's.
         mine = {key: repr(value) for key, value in flatten(to_tree(self.config)).items() if not key.startswith("data.")}
-        mine["data.path"] = f"a text of {self.vocab} tokens with fingerprint {self.fingerprint[:12]}"
+        mine["data.path"] = f"a text with fingerprint {self.fingerprint[:12]} and a vocabulary of {self.vocab}"
         for key, values in gathered(mine, self.group).items():
             if others := set(values) - {values[0]}:
                 raise SharedError(f"{key}: {values[0]} on the first process of the run, {min(others)} on another")

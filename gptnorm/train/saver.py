@@ -27,8 +27,11 @@ class Saver:
         self.config = config
         # Apart from the training's groups: its collectives come from another thread.
         self._group = cpu_group()
-        # A new thread's GPU is the first, whichever the process has, and torch's writer makes itself a stream there.
-        own = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        own: dict[str, Any] = {}
+        if device.type == "cuda":
+            # A new thread's GPU is the first, whichever the process has, and torch's writer makes a stream there.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            own = {"initializer": torch.cuda.set_device, "initargs": (index,)}
         self._thread = ThreadPoolExecutor(1, "checkpoint", **own)
         self._running: Future[None] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+import time
 from dataclasses import replace
 
 import pytest
@@ -43,10 +43,21 @@ def test_as_many_as_cores_where_memory_suffices(machine):
 
 def test_one_for_each_gpu(machine, monkeypatch):
     machine(16, 2**36)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for gpus in (0, 1, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert many(cell(), device="cuda") == max(1, gpus)
-    assert many(cell(), device="cuda", asked=8) == 8
+    found = workers.workers_for([cell()], torch.device("cuda"), 257, 8)
+    assert (found.count, found.gpus) == (8, ("0", "1", "2", "3"))
+
+
+def test_one_on_the_gpu_that_is_named(machine, monkeypatch):
+    """It has that number in every process: nothing is dealt out."""
+    machine(16, 2**36)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for asked in (0, 2):
+        found = workers.workers_for([cell()], torch.device("cuda:1"), 257, asked)
+        assert (found.count, found.gpus) == (asked or 1, ())
 
 
 def test_memory_limits(machine):
@@ -81,28 +92,32 @@ def test_omp_num_threads_counts_as_said(machine, monkeypatch):
     assert workers.workers_for([sample], torch.device("cpu"), 257) == workers.Workers(count=16)
 
 
-def test_each_worker_has_its_gpu_and_threads(monkeypatch):
-    """As the pool starts them: one after the other, more than there are GPUs."""
+def test_each_worker_has_its_gpu_and_threads(tmp_path):
+    """More of them than there are GPUs, all at work at once."""
+    three = workers.Workers(count=3, threads=2, gpus=("3", "GPU-a"))
     context = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(pool, "_gpus", lambda: ["3", "GPU-a"])
-    how = (None, context.Value("i", 0), pool._gpus(), 2)
-    seen = [one_worker(context, how) for _ in range(3)]
-    assert seen == [("3", 2), ("GPU-a", 2), ("3", 2)]
+    with pool._processes(three, None, context) as executor:
+        seen = sorted(executor.map(what_it_sees, [tmp_path] * 3))
+    assert seen == [("3", 2), ("3", 2), ("GPU-a", 2)]
+    with pool._processes(workers.Workers(count=1), None, context) as executor:
+        assert executor.submit(visible).result() == os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def one_worker(context, how):
-    with ProcessPoolExecutor(1, mp_context=context, initializer=pool._start_worker, initargs=how) as executor:
-        return executor.submit(what_it_sees).result()
+def what_it_sees(folder):
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
+    return visible(), torch.get_num_threads()
 
 
-def what_it_sees():
-    return os.environ["CUDA_VISIBLE_DEVICES"], torch.get_num_threads()
+def visible():
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize(("visible", "names"), [(None, ["0", "1"]), ("5,GPU-a", ["5", "GPU-a"]), ("2,1,0", ["2", "1"])])
-def test_gpus_by_the_names_that_cuda_takes(monkeypatch, visible, names):
+@pytest.mark.parametrize(("named", "names"), [(None, "01"), ("5,GPU-a", ["5", "GPU-a"]), ("2,1,0", "21")])
+def test_gpus_by_the_names_that_cuda_takes(monkeypatch, named, names):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert pool._gpus() == names
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert workers.visible_gpus() == tuple(names)

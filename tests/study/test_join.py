@@ -140,7 +140,15 @@ def test_what_does_not_go_together(study, tmp_path):
         join_studies([tmp_path / "none"], mine)
     stranger = tmp_path / "stranger"
     shutil.copytree(mine, stranger)
-    for run in ("../../away", "", "cells", "cells/prenorm", "cells/prenorm/../../..", str(tmp_path / "cells/a/b")):
+    for run in (
+        "../../away",
+        "",
+        "cells",
+        "cells/prenorm",
+        "cells/prenorm/../lr-1",
+        "cells/prenorm/lr-1-seed-3/checkpoints",
+        str(tmp_path / "cells/a/b"),
+    ):
         line = {**lines(mine)[0], "run": run}
         (stranger / "cells.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(UserError, match="names a run that is no folder"):

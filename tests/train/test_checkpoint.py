@@ -228,6 +228,19 @@ def test_asynchronous_save_keeps_what_was_when_it_began(tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 3), ("cuda:2", 2)])
+def test_a_saver_s_thread_has_the_gpu_of_its_process(tmp_path, monkeypatch, device, expected):
+    """`cuda` has no number, and CUDA takes none without."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    saver = Saver(tmp_path, CheckpointConfig(), torch.device(device))
+    saver.save(1, tensors(*trained()), {}, None)
+    saver.close()
+    assert taken == [expected]
+    assert (tmp_path / "step-000001").is_dir()
+
+
 def test_a_failed_asynchronous_save_is_told_at_the_next(tmp_path):
     model, optimizer = trained()
     saver = Saver(tmp_path / "file" / "checkpoints", CheckpointConfig(), torch.device("cpu"))
