@@ -52,8 +52,8 @@ class StudyConfig:
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)]
     """Each draws the weights and the order of the data, the same for every strategy and rate."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that run cells; 0: one per GPU, on a CPU one for every `train.threads` cores (one if that is not set) as far
-    as memory goes."""
+    """Processes that run cells; 0: one per GPU, on a CPU one for every `train.threads` cores (one if that is not set)
+    as far as memory goes."""
     depths: tuple[Positive, ...] = ()
     """Numbers of blocks: the rungs of `gptnorm study depth`."""
     widths: tuple[Positive, ...] = ()
