@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,26 @@ def gathered(words: dict[str, str], group: Group | None) -> dict[str, list[str]]
     found: list[dict[str, str]] = [{} for _ in range(size_of(group))]
     dist.all_gather_object(found, words, group=group)
     return {key: [part[key] for part in found] for key in words}
+
+
+@contextlib.contextmanager
+def together(group: Group | None) -> Iterator[None]:
+    """What keeps one process from going on keeps all: a UserError of any within becomes one SharedError.
+
+    No process may wait for another within.
+    """
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    words = gathered({"": "" if own is None else str(own)}, group)[""]
+    if group is None and own is not None:
+        raise own
+    if any(words):
+        rank = next(rank for rank, word in enumerate(words) if word)
+        where = "" if len(set(words)) == 1 else f" (process {rank})"
+        raise SharedError(words[rank] + where) from None
 
 
 def is_loss_of_another(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
 from gptnorm.recipe import adjusted, to_tree
 from gptnorm.tables import flatten
-from gptnorm.train.agree import cpu_group, gathered, is_loss_of_another, largest, on_first
+from gptnorm.train.agree import cpu_group, gathered, is_loss_of_another, largest, on_first, together
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
 from gptnorm.train.inputs import autocast, check_ids, check_vocab, open_batches, within_memory
@@ -176,12 +176,13 @@ class _Trainer:
         self.watcher = watcher if world.main else Silent()
         self.stop = stop or StopWish()
         self.device = world.device
-        self.vocab = check_vocab(config, shards)
-        if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
-            shards.verify()
+        with together(self.group):
+            self.vocab = check_vocab(config, shards)
+            if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
+                shards.verify()
+            self.sampler, self.validation = open_batches(config, shards)
         self.fingerprint = shards.fingerprint
         self._agree()
-        self.sampler, self.validation = open_batches(config, shards)
         self.model = _build(config, self.vocab, world)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.guard = Guard(config.guard, self.device)

@@ -18,7 +18,7 @@ from gptnorm.data import prepare
 from gptnorm.errors import SharedError, UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies.base import BranchScale
-from gptnorm.train import loop
+from gptnorm.train import agree, loop
 from gptnorm.train.loop import resume_run, start_run
 from gptnorm.train.nonfinite import first_nonfinite
 
@@ -241,3 +241,22 @@ def test_nccl_s_groups_are_not_closed_on_an_error_of_one_process(monkeypatch, de
             raise error
     waits = device == "cuda" and not (error is None or isinstance(error, SharedError))
     assert len(closed) == (0 if waits else 1)
+
+
+@pytest.mark.parametrize(
+    ("mine", "all_say", "told"),
+    [
+        ("too short", ["too short", "too short"], "^too short$"),
+        ("", ["", "too short"], r"^too short \(process 1\)$"),
+        ("too long", ["too long", "too short"], r"^too long \(process 0\)$"),
+    ],
+)
+def test_what_keeps_one_process_from_going_on_keeps_all(monkeypatch, mine, all_say, told):
+    def gathered(words, group):
+        assert words == {"": mine}
+        return {"": all_say}
+
+    monkeypatch.setattr(agree, "gathered", gathered)
+    with pytest.raises(SharedError, match=told), agree.together("all of them"):
+        if mine:
+            raise UserError(mine)

@@ -135,6 +135,8 @@ def test_asked_to_stop_all_write_a_checkpoint_first(recipe, double, tmp_path, nu
 def test_bad_input_is_one_line_of_one_process(recipe, tmp_path):
     done = launch(2, "train", recipe, f"run.dir={tmp_path / 'run'}", "parallel.data=3")
     assert "parallel.data = 3" in told_once(done)
+    done = launch(2, "train", recipe, f"run.dir={tmp_path / 'run'}", "train.seq_len=1000000")
+    assert "train.seq_len = 1000000" in told_once(done)
     assert not (tmp_path / "run").exists()
     assert "parallel.tensor" in run("train", recipe, f"run.dir={tmp_path / 'run'}", "parallel.tensor=2").stderr
 
