@@ -256,7 +256,11 @@ def test_what_keeps_one_process_from_going_on_keeps_all(monkeypatch, mine, all_s
         assert words == {"": mine}
         return {"": all_say}
 
+    def begin():
+        with agree.together("all of them"):
+            if mine:
+                raise UserError(mine)
+
     monkeypatch.setattr(agree, "gathered", gathered)
-    with pytest.raises(SharedError, match=told), agree.together("all of them"):
-        if mine:
-            raise UserError(mine)
+    with pytest.raises(SharedError, match=told):
+        begin()
