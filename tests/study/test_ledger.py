@@ -105,7 +105,7 @@ def test_how_a_run_is_computed_may_change(study, tmp_path):
     assert len(lines(folder)) == 4
     facts = json.loads((folder / "study.json").read_text())
     first, second = facts["environments"]
-    assert second == {**first, "train.threads": 2}
+    assert second == {**first, "threads": 2, "train.threads": 2}
     assert [line["environment"] for line in lines(folder)] == [0, 0, 1, 1]
     assert not [key for part in facts["settings"].values() for key in part if key.startswith(HOW)]
 

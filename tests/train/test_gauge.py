@@ -125,7 +125,7 @@ def test_readings_are_those_of_the_checkpoints(recipe, tmp_path):
 
 def test_compiled_training_graph_is_left_alone(recipe, tmp_path, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiler(function, backend="aot_eager", **more))
     graphs = {}
     for name, settings in (("on", ON), ("off", ())):
         torch._dynamo.reset()

@@ -158,7 +158,7 @@ def test_two_scales_after_one_map_are_told_apart():
 
 def test_compiled_training_graph_is_left_alone(recipe, tmp_path, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiler(function, backend="aot_eager", **more))
     graphs = {}
     for name, setting in (("on", ON), ("off", OFF)):
         torch._dynamo.reset()
