@@ -45,20 +45,21 @@ def largest(number: int, group: Group | None) -> int:
 
 def merged(words: dict[str, str], group: Group | None) -> dict[str, str]:
     """All processes' words together."""
-    if group is None:
-        return words
-    found: list[dict[str, str]] = [{} for _ in range(size_of(group))]
-    dist.all_gather_object(found, words, group=group)
-    return {key: value for part in found for key, value in part.items()}
+    return {key: value for part in _of_all(words, group) for key, value in part.items()}
 
 
 def gathered(words: dict[str, str], group: Group | None) -> dict[str, list[str]]:
     """Every process's word for each key, in the order of their ranks; all have the same keys."""
+    parts = _of_all(words, group)
+    return {key: [part[key] for part in parts] for key in words}
+
+
+def _of_all(words: dict[str, str], group: Group | None) -> list[dict[str, str]]:
     if group is None:
-        return {key: [word] for key, word in words.items()}
+        return [words]
     found: list[dict[str, str]] = [{} for _ in range(size_of(group))]
     dist.all_gather_object(found, words, group=group)
-    return {key: [part[key] for part in found] for key in words}
+    return found
 
 
 @contextlib.contextmanager
