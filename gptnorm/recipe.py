@@ -79,10 +79,9 @@ class Recipe:
         for layer in layers:
             # A file that names no strategy speaks for the one that the file below it named.
             owner = _get(layer.tree, "model", "strategy") or owner
-            for part in (layer.tree, layer.own if owner == strategy else {}):
+            shared = layer.tree if owner in (None, strategy) else _without(layer.tree, "strategy")
+            for part in (shared, layer.own if owner == strategy else {}):
                 merge(tree, _expand_preset(part, backbone))
-            if owner not in (None, strategy):
-                tree.pop("strategy", None)
         if isinstance(tree.setdefault("model", {}), dict):
             tree["model"]["strategy"] = strategy
         config = read_table(Config, tree)
@@ -102,7 +101,9 @@ def load_recipe(name: str) -> Recipe:
             raise bad_value("extends", str(following), "a recipe cannot extend itself")
         seen.append(following.resolve())
         tree = _read_toml(following)
-        study = {**_pop_table(tree, "study"), **study}
+        below = _pop_table(tree, "study")
+        merge(below, study)
+        study = below
         extends = tree.pop("extends", None)
         layers.insert(0, Layer(tree=tree, own=_pop_table(tree, "own")))
         if extends is not None and not isinstance(extends, str):
@@ -199,6 +200,10 @@ def _pop_table(tree: Tree, name: str) -> Tree:
     if not isinstance(table, dict):
         raise bad_value(name, table, f"must be a table; write its keys as {name}.KEY")
     return table
+
+
+def _without(tree: Tree, name: str) -> Tree:
+    return {key: value for key, value in tree.items() if key != name}
 
 
 def _parse_value(text: str) -> Any:

@@ -37,6 +37,23 @@ def test_another_strategy_drops_options_and_own_settings_and_takes_its_own_defau
     assert recipe.resolve(strategy="prenorm") == other
 
 
+def test_each_file_speaks_for_the_strategy_that_it_names(tmp_path):
+    write(tmp_path, "a.toml", '[model]\nstrategy="dyt"\n[strategy]\nalpha_attn=0.8\n[own.optim]\nlr=0.1\n')
+    top = write(tmp_path, "b.toml", 'extends="a.toml"\n[model]\nstrategy="ngpt"\n[strategy]\nalpha_init=0.1\n')
+    recipe = load_recipe(top)
+    assert recipe.resolve().strategy == {"alpha_init": 0.1}
+    below = recipe.resolve(strategy="dyt")
+    assert (below.strategy, below.optim.lr) == ({"alpha_attn": 0.8}, 0.1)
+    assert recipe.resolve(strategy="prenorm").strategy == {}
+
+
+def test_a_study_s_table_is_merged_key_by_key_as_every_other(tmp_path):
+    write(tmp_path, "a.toml", "[study]\ntitle = 'a'\nlrs = [1.0]\n[study.search]\nreach = 9\noptimum = 3.0\n")
+    top = write(tmp_path, "b.toml", 'extends="a.toml"\n[study]\nlrs = [2.0]\n[study.search]\nedge = 1.3\n')
+    expected = {"title": "a", "lrs": [2.0], "search": {"reach": 9, "optimum": 3.0, "edge": 1.3}}
+    assert load_recipe(top).study == expected
+
+
 def test_own_settings_lose_to_the_command_line(tmp_path):
     recipe = load_recipe(write(tmp_path, "r.toml", '[model]\nstrategy = "prenorm"\n[own.optim]\nlr = 0.5\n'))
     assert recipe.resolve(["optim.lr=0.25"]).optim.lr == 0.25

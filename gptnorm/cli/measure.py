@@ -94,8 +94,8 @@ def evaluate(
         tokens=tokens,
         console=console,
     )
-    print_evaluation(found, console)
     write_all(("--json", json_path, lambda: dump(found.record())))
+    print_evaluation(found, console)
 
 
 @click.command()

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from gptnorm.study.measures import Estimate, geometric_mean, paired_difference
+from gptnorm.study.measures import FEWEST_BOUNDED, Estimate, geometric_mean, paired_difference
 
 Curve = Mapping[float, float]
 """Loss by budget."""
@@ -83,7 +83,8 @@ def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: flo
 
     Returns:
         The geometric mean with its interval. Where some seed gives a bound alone, the interval has no end on that side;
-        None where seeds give bounds on both sides, or no seed has both.
+        None where seeds give bounds on both sides, or there are fewer than `measures.FEWEST_BOUNDED`, and where no
+        seed has both.
     """
     found = [
         (budget / need.budget, need.bound)
@@ -91,7 +92,8 @@ def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: flo
         if budget in theirs[seed] and (need := needed(ours[seed], theirs[seed][budget])) is not None
     ]
     bounds = {bound for _, bound in found}
-    if not found or {"at most", "more than"} <= bounds:
+    bounded = bounds - {None}
+    if not found or len(bounded) > 1 or (bounded and len(found) < FEWEST_BOUNDED):
         return None
     mean = geometric_mean([ratio for ratio, _ in found])
     low = None if "more than" in bounds else mean.low

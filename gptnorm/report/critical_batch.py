@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from gptnorm.report.budgets import Curve, Needed, needed, speed_up
-from gptnorm.report.scaling import Spot, seeds_of_all
+from gptnorm.report.scaling import Spot, best_of, seeds_of_all
 from gptnorm.study.measures import Bound, Bracket, Estimate, mean_rate
 
 MOST = 1.2
@@ -46,20 +46,20 @@ class Batches:
 
 def batches_of(spots: Sequence[Spot]) -> list[Batches]:
     """Those of one strategy, for each of its models and amounts of text but a model's largest, from which on a batch
-    that takes more has nothing to be read off."""
+    that takes more has nothing to be read off, and but those whose best batch cannot be compared."""
     curves = _curves([spot for spot in spots if spot.compared])
     found = []
     for model in dict.fromkeys(spot.model for spot in spots):
-        mine = sorted((s for s in spots if s.model == model and s.compared), key=lambda s: (s.tokens, s.batch))
-        for tokens in sorted({spot.tokens for spot in mine})[:-1]:
+        mine = sorted((s for s in spots if s.model == model), key=lambda s: (s.tokens, s.batch))
+        for tokens in sorted({spot.tokens for spot in mine if spot.compared})[:-1]:
             group = [spot for spot in mine if spot.tokens == tokens]
-            if len(group) > 1:
-                found.append(_batches(group, {spot.batch: curves[model, spot.batch] for spot in group}))
+            best, compared = best_of(group), [spot for spot in group if spot.compared]
+            if best is not None and len(compared) > 1:
+                found.append(_batches(best, compared, {spot.batch: curves[model, spot.batch] for spot in compared}))
     return found
 
 
-def _batches(group: Sequence[Spot], curves: Mapping[int, Mapping[int, Curve]]) -> Batches:
-    best = min(group, key=lambda spot: spot.picked_loss)
+def _batches(best: Spot, group: Sequence[Spot], curves: Mapping[int, Mapping[int, Curve]]) -> Batches:
     theirs, tokens = curves[best.batch], float(best.tokens)
     above = [spot.batch for spot in group if spot.batch >= best.batch]
     brackets = []

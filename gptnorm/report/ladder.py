@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from gptnorm.errors import UserError
 from gptnorm.records import finite, read_object
-from gptnorm.report.optimum import Best, Stable, best_rate, largest_stable, mean_points, seed_points
+from gptnorm.report.optimum import Best, Point, Stable, best_rate, largest_stable, mean_points, seed_points
 from gptnorm.report.results import Row, Study, load_study
 from gptnorm.statistics import sample_sd
 from gptnorm.study.schema import read_facts
@@ -57,12 +57,21 @@ class Level:
     """By learning rate and "init" or "trained"."""
 
     @cached_property
+    def points(self) -> list[Point]:
+        return mean_points(self.row, self.entropy)
+
+    @property
+    def pending(self) -> bool:
+        """Whether of some rate it is not known yet if it is stable."""
+        return len(self.points) < len(self.row.entries)
+
+    @cached_property
     def best(self) -> Best | None:
-        return best_rate(mean_points(self.row, self.entropy))
+        return best_rate(self.points)
 
     @cached_property
     def stable(self) -> Stable | None:
-        return largest_stable(mean_points(self.row, self.entropy))
+        return largest_stable(self.points)
 
     def best_of(self, seed: int) -> Best | None:
         """The best rate as this seed alone shows it."""
@@ -116,12 +125,17 @@ class Track:
 
     @property
     def shift_sd(self) -> float | None:
-        """Sample standard deviation of the shift over seeds."""
+        """Sample standard deviation of the shift over seeds; None if one of them has no optimum at some rung, since
+        the others alone are those that moved least."""
+        if len(self.per_seed) < len(self.seeds):
+            return None
         return sample_sd([math.log2(points[-1][1] / points[0][1]) for points in self.per_seed])
 
     @property
     def slope_sd(self) -> float | None:
-        """Sample standard deviation of the slope over seeds."""
+        """Sample standard deviation of the slope over seeds; None as that of the shift."""
+        if len(self.per_seed) < len(self.seeds):
+            return None
         return sample_sd([slope for points in self.per_seed if (slope := _slope(points)) is not None])
 
     @property
@@ -131,7 +145,7 @@ class Track:
         first, last = self.levels[0].best, self.levels[-1].best
         if first is None or last is None or not (first.is_optimum and last.is_optimum):
             return None
-        points = {point.lr: point.loss for point in mean_points(self.levels[-1].row, self.levels[-1].entropy)}
+        points = {point.lr: point.loss for point in self.levels[-1].points}
         if first.grid_lr not in points:
             return None
         loss = points[first.grid_lr]

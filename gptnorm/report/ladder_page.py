@@ -40,10 +40,9 @@ def ladder_page(ladder: Ladder) -> str:
 def answer(ladder: Ladder) -> list[str]:
     """What the ladder says, most important sentence first."""
     if not any(level.best for track in ladder.tracks for level in track.levels):
-        return [
-            f"There is nothing to compare yet: {ladder.done} of {plural(ladder.planned, 'run')} ended, and at no size "
-            "is any rate stable."
-        ]
+        pending = any(level.pending for track in ladder.tracks for level in track.levels)
+        why = "of no rate is every seed known to be stable" if pending else "at no size is any rate stable"
+        return [f"There is nothing to compare yet: {ladder.done} of {plural(ladder.planned, 'run')} ended, and {why}."]
     return [*_moves(ladder), *_without(ladder), *_stable(ladder), *_ends(ladder)]
 
 
@@ -134,8 +133,7 @@ def _stable(ladder: Ladder) -> list[str]:
     if len(ladder.tracks) > MOST_NAMED or len(ladder.sizes) < 2:
         return []
     ends = [
-        f"{stable_text(track.levels[0].stable)} → {stable_text(track.levels[-1].stable)} for {track.name}"
-        for track in ladder.tracks
+        f"{stable_text(track.levels[0])} → {stable_text(track.levels[-1])} for {track.name}" for track in ladder.tracks
     ]
     where = f"from {ladder.label(ladder.sizes[0])} to {ladder.label(ladder.sizes[-1])}"
     return [f"The largest stable rate, {where}: {'; '.join(ends)}."]

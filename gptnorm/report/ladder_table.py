@@ -9,7 +9,7 @@ from rich.console import Group
 from gptnorm.report.format import MISSING, loss_text, lr_text, plural
 from gptnorm.report.grids import Grid, markdown_grids, rich_grids
 from gptnorm.report.ladder import Ladder, Level, Signal, Track
-from gptnorm.report.optimum import MARGIN, Best, Stable
+from gptnorm.report.optimum import MARGIN
 
 BESIDE = "‡"
 NONE = "none"
@@ -21,19 +21,21 @@ def grids(ladder: Ladder) -> list[Grid]:
     return [_shift_grid(ladder), _rung_grid(ladder), *([signals] if signals else [])]
 
 
-def rate_text(best: Best | None) -> str:
+def rate_text(level: Level) -> str:
     """A best rate with its mark."""
+    best = level.best
     if best is None:
-        return NONE
+        return MISSING if level.pending else NONE
     rate = f"{best.lr:.2g}" if best.kind == "fit" else ""
     mark = {"fit": "", "beside": f" {BESIDE}", "only": " edge", "lowest": " edge", "highest": " edge"}[best.kind]
     return (lr_text(float(rate)) if rate else lr_text(best.lr)) + mark
 
 
-def stable_text(stable: Stable | None) -> str:
+def stable_text(level: Level) -> str:
     """A largest stable rate; "≥" where a higher one may be stable, too."""
+    stable = level.stable
     if stable is None:
-        return NONE
+        return MISSING if level.pending else NONE
     return f"≥ {lr_text(stable.lr)}" if stable.open else lr_text(stable.lr)
 
 
@@ -60,7 +62,7 @@ def notes(ladder: Ladder) -> list[str]:
     """Plain lines that explain the words and signs of the tables, and only those."""
     seeds = len(ladder.study.seeds)
     levels = [level for track in ladder.tracks for level in track.levels]
-    kinds = {level.best.kind if level.best else None for level in levels}
+    kinds = {level.best.kind if level.best else None for level in levels if level.best or not level.pending}
     found = [
         "Best rate: vertex of the parabola through the lowest loss (mean over seeds) of the grid and its neighbours, "
         "against the logarithm of the rate. Loss: at the grid's best, validation, nats per token, "
@@ -86,7 +88,10 @@ def notes(ladder: Ladder) -> list[str]:
             "and output, last quarter of the blocks. Token cosine: of two tokens of a sequence after the last block."
         )
     if ladder.done < ladder.planned:
-        found.append(f"Partial: {ladder.done} of {ladder.planned} runs ended.")
+        found.append(
+            f"Partial: {ladder.done} of {ladder.planned} runs ended. A rate counts once all of its seeds have, or one "
+            "has failed."
+        )
     return found
 
 
@@ -135,7 +140,7 @@ def _coarse(track: Track) -> bool:
 
 def _rung_grid(ladder: Ladder) -> Grid:
     rows = [
-        (*_name(track), str(level.size), rate_text(level.best), _loss(level), stable_text(level.stable))
+        (*_name(track), str(level.size), rate_text(level), _loss(level), stable_text(level))
         for track in ladder.tracks
         for level in track.levels
     ]

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gptnorm.report.results import Row
+from gptnorm.study.outcome import Stability
 
-MARGIN = 0.1
+MARGIN = Stability().margin
 """Nats below the unigram entropy."""
 
 
@@ -83,20 +84,31 @@ def largest_stable(points: Sequence[Point]) -> Stable | None:
 
 
 def mean_points(row: Row, entropy: float | None) -> list[Point]:
-    """The row's rates that were tried, with the mean loss over seeds where all of them are stable."""
-    limit = math.inf if entropy is None else entropy - MARGIN
-    return [
-        Point(entry.lr, entry.mean if entry.complete and max(entry.losses.values()) <= limit else None)
-        for entry in row.entries
-        if entry.seen
-    ]
+    """The row's rates of which it is known whether they are stable, with the mean loss over seeds where they are.
+
+    One seed that fails settles it; a rate where none has, and some are still to come, is left out.
+    """
+    found = []
+    for entry in row.entries:
+        if entry.diverged or any(loss > _limit(entropy) for loss in entry.losses.values()):
+            found.append(Point(entry.lr, None))
+        elif len(entry.losses) == entry.planned:
+            found.append(Point(entry.lr, entry.mean))
+    return found
 
 
 def seed_points(row: Row, seed: int, entropy: float | None) -> list[Point]:
     """The same of one seed alone."""
-    limit = math.inf if entropy is None else entropy - MARGIN
-    losses = [(entry.lr, entry.losses.get(seed)) for entry in row.entries if entry.seen]
-    return [Point(lr, loss if loss is not None and loss <= limit else None) for lr, loss in losses]
+    found = []
+    for entry in row.entries:
+        if seed in entry.losses or seed in entry.diverged:
+            loss = entry.losses.get(seed)
+            found.append(Point(entry.lr, loss if loss is not None and loss <= _limit(entropy) else None))
+    return found
+
+
+def _limit(entropy: float | None) -> float:
+    return math.inf if entropy is None else entropy - MARGIN
 
 
 def _vertex(lrs: tuple[float, float, float], losses: tuple[float, float, float]) -> float:

@@ -75,18 +75,18 @@ class Entry:
     """Number of seeds the study asks for."""
     losses: dict[int, float]
     """Validation loss by seed, of the seeds that finished."""
-    diverged: int
-    """Number of seeds that diverged."""
+    diverged: frozenset[int]
+    """The seeds that diverged."""
 
     @property
     def seen(self) -> int:
         """Number of seeds with an outcome."""
-        return len(self.losses) + self.diverged
+        return len(self.losses) + len(self.diverged)
 
     @property
     def complete(self) -> bool:
         """Whether every planned seed finished with a finite loss."""
-        return self.diverged == 0 and len(self.losses) == self.planned and self.mean is not None
+        return not self.diverged and len(self.losses) == self.planned and self.mean is not None
 
     @property
     def mean(self) -> float | None:
@@ -200,7 +200,7 @@ class Study(About):
                     lr=lr,
                     planned=len(self.seeds),
                     losses=losses,
-                    diverged=sum(cell.diverged for cell in here),
+                    diverged=frozenset(cell.seed for cell in here if cell.diverged),
                 )
             )
         parameters = next((cell.parameters for cell in cells if cell.parameters is not None), None)

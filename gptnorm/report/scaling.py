@@ -85,6 +85,11 @@ class Spot:
         found = {seed: _best_rate(self.track.curve(seed)) for seed in self.track.seeds}
         return {seed: rate for seed, rate in found.items() if rate is not None}
 
+    @property
+    def all_have_rates(self) -> bool:
+        """Whether every reported seed has an optimum."""
+        return bool(self.track.seeds) and self.rates.keys() == set(self.track.seeds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
@@ -122,10 +127,16 @@ def by_text(spots: Sequence[Spot]) -> dict[tuple[Pairs, int], list[Spot]]:
     return groups
 
 
+def best_of(group: Sequence[Spot]) -> Spot | None:
+    """The batch of the lowest loss on the picking seeds; None where that one cannot be compared: the next best is not
+    the best."""
+    best = min(group, key=lambda spot: spot.picked_loss)
+    return best if best.compared else None
+
+
 def frontier(spots: Sequence[Spot]) -> list[Spot]:
     """Those that no cheaper one matches, each model and text at its best batch, on the seeds that pick."""
-    groups = by_text([spot for spot in spots if spot.compared]).values()
-    best = [min(group, key=lambda spot: spot.picked_loss) for group in groups]
+    best = [spot for group in by_text(spots).values() if (spot := best_of(group))]
     kept: list[Spot] = []
     for spot in sorted(best, key=lambda spot: (spot.flops, spot.picked_loss)):
         if not kept or spot.picked_loss < kept[-1].picked_loss:
@@ -142,7 +153,7 @@ def loss_law(spots: Sequence[Spot]) -> Law | None:
 
 def rate_law(spots: Sequence[Spot]) -> Law | None:
     """Of every reported seed's best rates; where these are nowhere known (`report = "best"`), of the picking seeds'."""
-    known = [spot for spot in spots if spot.rates.keys() == set(spot.track.seeds)]
+    known = [spot for spot in spots if spot.all_have_rates]
     values = {seed: [spot.rates[seed] for spot in known] for seed in seeds_of_all([spot.rates for spot in known])}
     if not known:
         known = [spot for spot in spots if spot.picked_rate]
@@ -153,7 +164,10 @@ def rate_law(spots: Sequence[Spot]) -> Law | None:
 
 
 def best_batches(group: Sequence[Spot]) -> dict[int, float]:
-    """B* of each reported seed, in tokens per step, of those that have an optimum among three batches or more."""
+    """B* of each reported seed, in tokens per step, of those that have an optimum among three batches or more; none
+    where the best batch cannot be compared."""
+    if best_of(group) is None:
+        return {}
     ordered = sorted((spot for spot in group if spot.compared), key=lambda spot: spot.batch)
     found = {
         seed: _vertex([(float(spot.batch), spot.track.losses[seed]) for spot in ordered])

@@ -46,7 +46,8 @@ def loss_against_compute(study: ToleranceStudy) -> str | None:
 def best_rate_panels(study: ToleranceStudy) -> list[tuple[str, str]]:
     """(strategy, SVG) pairs: the best rate against the size, a line for each amount of text, at the best batch.
 
-    Where there is one size only, against the text. Whiskers: 95 % interval of the reported seeds; none: picked alone.
+    Where there is one size only, against the text. Whiskers: 95 % interval of the reported seeds; none: that of the
+    picking seeds, where some reported seed has no optimum. The others alone would be those that lie lucky.
     """
     spots = {name: spots_of(study, name) for name in study.about.strategies}
     if not is_scaling(spots):
@@ -118,7 +119,7 @@ def _rate_panel(name: str, spots: Sequence[Spot], number: int, limits: tuple[flo
 
 
 def _draw_rates(axes: Axes, spots: Sequence[Spot], x: Sequence[float], label: str, colour: Any, marker: str) -> None:
-    means = {i: geometric_mean(list(spot.rates.values())) for i, spot in enumerate(spots) if spot.rates}
+    means = {i: geometric_mean(list(spot.rates.values())) for i, spot in enumerate(spots) if spot.all_have_rates}
     y = [means[i].value if i in means else spot.picked_rate for i, spot in enumerate(spots)]
     axes.plot(x, np.array(y, dtype=float), color=colour, marker=marker, label=label)
     for i, mean in means.items():

@@ -196,7 +196,8 @@ def _batch(group: Sequence[Spot]) -> Entry:
         return "none"
     if len(found) < len(group[0].track.seeds):
         best = min(group, key=lambda spot: spot.picked_loss)
-        return marked(f"{best.batch:,}", best.batch in (group[0].batch, group[-1].batch))
+        at_end = best.batch in (group[0].batch, group[-1].batch) or best.track.end is not None
+        return marked(f"{best.batch:,}", at_end)
     mean = geometric_mean(list(found.values()))
     if mean.low is None or mean.high is None:
         return f"{mean.value:,.0f}"

@@ -38,7 +38,7 @@ class CellText:
 def cell_text(study: Study, row: Row, entry: Entry) -> CellText:
     """The text of one cell: never a number where a seed diverged or none finished."""
     if entry.diverged:
-        return CellText(value="diverged", below=f"({entry.diverged} of {entry.planned})")
+        return CellText(value="diverged", below=f"({len(entry.diverged)} of {entry.planned})")
     if entry.mean is None:
         return CellText(value=MISSING)
     best = row.best is not None and entry.lr == row.best.lr

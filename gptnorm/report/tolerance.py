@@ -105,6 +105,11 @@ class Place:
         """Each strategy as it comes."""
         return {track.strategy: track for track in self.tracks if not track.variant}
 
+    @property
+    def same_seeds(self) -> bool:
+        """Whether all that have a loss, as they come, have it of the same seeds; others cannot be ranked by means."""
+        return len({frozenset(track.losses) for track in self.own.values() if track.loss}) < 2
+
     @cached_property
     def tuned(self) -> dict[str, Track]:
         """Each strategy with the best of its settings."""

@@ -120,7 +120,11 @@ def loss_against_rate(study: ToleranceStudy, place: Place, prefix: str) -> str |
         return None
     lowest = [low for line in lines.values() for _, _, low, _ in line.firm]
     low, high = shown_range(means, [line.best[1] for line in lines.values() if line.best], lowest)
-    lanes = [name for name, line in lines.items() if line.unstable or line.pale_unstable or max(line.losses) > high]
+    lanes = [
+        name
+        for name, line in lines.items()
+        if line.unstable or line.pale_unstable or max(line.losses, default=0.0) > high
+    ]
     with style():
         names = list(lines)
         room = min(_LANE * len(lanes), _MOST_STRIP)

@@ -20,6 +20,7 @@ MOST_NAMED = 4
 """Strategies that a sentence lists one by one."""
 
 NOTHING_YET = "Which strategy has the lowest loss cannot be told yet: of none are all seeds stable at the rate of each."
+OTHER_SEEDS_YET = "Which strategy has the lowest loss cannot be told yet: the seeds that have ended are not the same."
 
 
 def answer(study: ToleranceStudy) -> list[str]:
@@ -126,6 +127,8 @@ def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     ranked = [place.own[name] for name in study.ranked(place.own) if name in place.own and place.own[name].loss]
     if not ranked:
         return [NOTHING_YET]
+    if not place.same_seeds:
+        return [OTHER_SEEDS_YET]
     first, *others = ranked
     assert first.loss is not None
     assert first.best is not None
@@ -239,9 +242,12 @@ def _ends(study: ToleranceStudy, place: Place) -> list[str]:
 
 def _lowest_of_many(study: ToleranceStudy) -> list[str]:
     places = [(place, study.ranked(place.own)[0]) for place in study.places]
-    firsts = Counter(name for place, name in places if name in place.own and place.own[name].loss)
-    if not firsts:
+    known = [(place, name) for place, name in places if name in place.own and place.own[name].loss]
+    if not known:
         return [NOTHING_YET]
+    firsts = Counter(name for place, name in known if place.same_seeds)
+    if not firsts:
+        return [OTHER_SEEDS_YET]
     many = len(study.places)
     told = [f"{name} at {count} of {many} places" for name, count in firsts.most_common()]
     flattered = ", on the seeds that picked the rates" if study.screening else ""

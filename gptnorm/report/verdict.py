@@ -105,7 +105,8 @@ def _runner_up(study: Study) -> list[str]:
     close = [gap.strategy for gap in gaps[1:] if gap.may_be_chance]
     if close:
         verb = "lead" if len(close) == 1 else "leads"
-        sentences.append(f"The {verb} over {names_text(close)} may be chance too.")
+        also = " too" if gap.may_be_chance else ""
+        sentences.append(f"The {verb} over {names_text(close)} may be chance{also}.")
     return sentences
 
 
@@ -121,7 +122,7 @@ def _collapsed(study: Study) -> list[str]:
     if not names:
         return []
     return [
-        f"{names_text(names)} learned nothing beyond token frequencies at any learning rate "
+        f"{names_text(names)} learned nothing beyond token frequencies at any learning rate with which all seeds ended "
         f"(unigram entropy {loss_text(study.unigram_entropy)} nats)."
     ]
 

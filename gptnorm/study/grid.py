@@ -51,7 +51,8 @@ class Grid:
         ladder = earlier.get("ladder")
         if ladder and study.axis == ladder["axis"]:
             grown[f"{study.axis}s"] = both(f"{study.axis}s", ladder["sizes"])
-            if study.rules:
+            own = earlier["settings"]["recipe"].get("optim.width_rule", "none")
+            if study.rules or ladder["rules"] not in ([], [own]):
                 grown["rules"] = both("rules", ladder["rules"])
         return replace(study, **grown)
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError, bad_value
-from gptnorm.study.ledger import Ledger, OtherStudy, differences, facts_to_grow, joined
+from gptnorm.study.ledger import Ledger, OtherStudy, differences, facts_to_grow, joined, measured_as
 from gptnorm.study.schema import Facts, read_cells
 
 Part = tuple[int, int]
@@ -37,7 +37,8 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
     """Adds the runs of study folders to a study's folder, which is made if there is none.
 
     A run that is there already is left alone, so that joining again adds what is new. The folders of the runs are
-    copied, without checkpoints. Whether anything is missing of what was asked in all of them together is not known
+    copied, without checkpoints. What is read off them (`gptnorm.study.ledger.MEASURES`) stays as it is in the folder,
+    or in the first part. Whether anything is missing of what was asked in all of them together is not known
     here: the whole counts as complete once its command has been run on it, unless joining has changed nothing.
 
     Returns:
@@ -57,7 +58,7 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
         before = ledger.earlier
         for part, facts, lines in found:
             new = [line for line in lines if line["run"] not in ledger.done]
-            places = ledger.begin(facts)
+            places = ledger.begin(measured_as(ledger.earlier, facts))
             for line in new:
                 run, environment = line.pop("run"), line.pop("environment", 0)
                 _copy_run(part, folder, run)

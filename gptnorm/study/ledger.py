@@ -195,14 +195,28 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "places": _union(before["places"], now["places"]),
         }
-    if texts := {**earlier.get("texts", {}), **facts.get("texts", {})}:
-        found["texts"] = texts
+    before, now = earlier.get("texts", {}), facts.get("texts", {})
+    if texts := {**before, **now}:
+        trained = {name for part in (before, now) for name, text in part.items() if text.get("trained")}
+        found["texts"] = {name: {**text, "trained": name in trained} for name, text in texts.items()}
     if _maps_texts(earlier):
         # Of the first text of all.
         found |= {key: earlier[key] for key in ("data", "unigram_entropy")}
     by_strategy = {**settings_by_strategy(earlier), **settings_by_strategy(facts)}
     found["settings"] = {**split(by_strategy), "recipe": facts["settings"]["recipe"]}
     return found
+
+
+MEASURES = ("report", "baseline", "epsilon", "shortlist", "search", "stability")
+"""What a tolerance study may ask otherwise the next time, without being another study."""
+
+
+def measured_as(earlier: Facts | None, facts: Facts) -> Facts:
+    """What was asked now, with the measures of before."""
+    if earlier is None or "tolerance" not in facts:
+        return facts
+    kept = {key: earlier["tolerance"][key] for key in MEASURES if key in earlier["tolerance"]}
+    return {**facts, "tolerance": {**facts["tolerance"], **kept}}
 
 
 def split(by_strategy: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -259,7 +259,8 @@ def sensitivity(curve: Sequence[Point], low: float, high: float, cap: float) -> 
     if best is None or best.loss is None or curve[0].lr > low * (1 + 1e-9) or curve[-1].lr < high * (1 - 1e-9):
         return None
     xs = [math.log(point.lr) for point in curve]
-    ys = [min(cap, cap if point.loss is None else point.loss) - best.loss for point in curve]
+    # What failed may end below the best of what did not; it is no better for that.
+    ys = [max(0.0, min(cap, cap if point.loss is None else point.loss) - best.loss) for point in curve]
     start, end = math.log(low), math.log(high)
     total = 0.0
     for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False):
@@ -292,6 +293,11 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean_of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
+FEWEST_BOUNDED = 5
+"""Seeds from which on a mean over bounds has an end. Bounds are alike where what they stand for differs: of three seeds
+whose true values lie around a bound, all are on its far side one time in eight."""
+
+
 def _rate_mean(values: Sequence[float]) -> Estimate:
     """`geometric_mean`, without an interval for two: rates are known from a few that were tried, and where both fall
     between the same two an interval would hold nothing of how much seeds differ."""
@@ -304,14 +310,15 @@ def mean_rate(brackets: Sequence[Bracket]) -> Bound | None:
 
     Its interval, which takes three seeds, runs from the lower end of that of the lower rates to the upper end of that
     of the upper ones, so that it also holds how closely the rates are known. Where a seed has no upper one, the value
-    is that of the lower rates, and there is no upper end.
+    is that of the lower rates, and there is no upper end; nor is there a lower one below `FEWEST_BOUNDED` seeds.
     """
     if not brackets:
         return None
     low = _rate_mean([a for a, _ in brackets])
     uppers = [b for _, b in brackets if b is not None]
     if len(uppers) < len(brackets):
-        return Bound(value=low.value, low=low.low, high=None, seeds=low.seeds, at_least=True)
+        end = low.low if len(brackets) >= FEWEST_BOUNDED else None
+        return Bound(value=low.value, low=end, high=None, seeds=low.seeds, at_least=True)
     high = _rate_mean(uppers)
     return Bound(value=math.sqrt(low.value * high.value), low=low.low, high=high.high, seeds=low.seeds, at_least=False)
 
@@ -329,6 +336,8 @@ def rate_ratio(ours: Mapping[int, Bracket], theirs: Mapping[int, Bracket]) -> Bo
     nominal = [(_middle(ours[seed]) if reached else ours[seed][0], _middle(theirs[seed])) for seed in seeds]
     value = geometric_mean([our / their for our, their in nominal if our and their]).value
     low = _rate_mean([ours[seed][0] / high for seed in seeds if (high := theirs[seed][1])]).low
+    if not reached and len(seeds) < FEWEST_BOUNDED:
+        low = None
     uppers = [high / theirs[seed][0] for seed in seeds if (high := ours[seed][1])]
     high = _rate_mean(uppers).high if reached else None
     return Bound(value=value, low=low, high=high, seeds=len(seeds), at_least=not reached)

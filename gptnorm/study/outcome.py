@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -91,12 +93,19 @@ def summarize(losses: Sequence[float], *, whole: bool) -> Training:
     if not whole or not losses:
         return Training(tail=None, lowest=None, spikes=count_spikes(losses))
     length = max(1, round(TAIL * len(losses)))
-    total = sum(losses[:length])
-    lowest = total
-    for new, old in zip(losses[length:], losses, strict=False):
-        total += new - old
-        lowest = min(lowest, total)
+    lowest = min(_sliding_sums(losses, length))
     return Training(tail=sum(losses[-length:]) / length, lowest=lowest / length, spikes=count_spikes(losses))
+
+
+def _sliding_sums(values: Sequence[float], length: int) -> Iterator[float]:
+    """Of every stretch as long, by additions alone: taking a huge loss out of a sum again would leave its rounding.
+
+    A stretch is the end of one block of that length and the start of the next.
+    """
+    for start in range(0, len(values) - length + 1, length):
+        ends = list(accumulate(reversed(values[start : start + length])))[::-1]
+        starts = accumulate(values[start + length : start + 2 * length - 1], initial=0.0)
+        yield from map(operator.add, ends, starts)
 
 
 def count_spikes(losses: Sequence[float]) -> int:

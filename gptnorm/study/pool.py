@@ -86,6 +86,7 @@ def run_cells(
     # Fresh interpreters: forking after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
+    others = set(multiprocessing.active_children())
     with Display(console) as display, _processes(workers, queue, context) as pool:
         futures: dict[Future[Outcome], Cell] = {}
         waiting: set[Future[Outcome]] = set()
@@ -110,13 +111,14 @@ def run_cells(
                     outcome = future.result()
                     waiting.remove(future)
                     cell = futures.pop(future)
-                    display.finished(cell, outcome.result)
+                    # Whoever reads what is printed may leave; by then the caller has kept it.
                     yield cell, outcome
+                    display.finished(cell, outcome.result)
                 if done:
                     submit()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
                 fewer = f", with fewer runs at once by study.workers={workers.count // 2}" if workers.count > 1 else ""

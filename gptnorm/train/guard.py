@@ -8,7 +8,8 @@ mean and standard deviation (ddof 1) over the steps before t, k = `guard.sigmas`
 optimizer). A spike that was left out enters the window too, so that a level that stays is accepted in time.
 
 Whatever is not finite is left out as well, and so is every update after it: when the host looks, be it many steps
-later, the weights are still those that met the first such number.
+later, the weights are still those that met the first such number, but for what follows every step whatever came of it
+(constraints, QK-clip, the bias of routers).
 """
 
 from __future__ import annotations

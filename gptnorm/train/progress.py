@@ -72,10 +72,12 @@ class Lines:
     def start(self, step: int, steps: int) -> None:
         self._first, self._steps, self._started = step, steps, time.monotonic()
         self._every = max(1, steps // LINES)
+        self._next = step + self._every
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        if step % self._every and step != self._steps:
+        if step < self._next and step != self._steps:
             return
+        self._next = step + self._every
         spent = time.monotonic() - self._started
         left = spent / max(1, step - self._first) * (self._steps - step)
         self._print(f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {_clock(left)} left")

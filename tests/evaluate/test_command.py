@@ -85,6 +85,15 @@ def call(place, monkeypatch, capfd):
     return run
 
 
+def test_the_record_is_kept_though_nobody_reads_what_is_printed(call, place, monkeypatch):
+    def gone(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(command, "print_evaluation", gone)
+    _, _, record = call("run")
+    assert record is not None
+
+
 def shards_of(place: Path, run: str) -> Shards:
     return prepare(load_recipe(str(place / run / "config.toml")).resolve().data)
 
@@ -124,13 +133,16 @@ def shards_of(place: Path, run: str) -> Shards:
         ("nanorun --documents stream --data other.jsonl", ["--data", "tokenizer"]),
     ],
 )
-def test_mistakes(call, place, monkeypatch, line, words):
+def test_mistakes(call, place, monkeypatch, capfd, line, words):
     before = sorted(p for p in place.rglob("*") if p.name != "found.json")
     if "--json" in line:
         monkeypatch.setattr(sys, "argv", ["gptnorm", "eval", *line.split()])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1
+        assert all(word in err for word in words)
         return
     _, err, record = call(line, 2)
     for word in words:

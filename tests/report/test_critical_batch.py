@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from test_scaling import ledger
 
-from gptnorm.report import markdown_study
+from gptnorm.report import markdown_study, scaling_table
 from gptnorm.report.critical_batch import Batches, batches_of
-from gptnorm.report.scaling import spots_of
+from gptnorm.report.scaling import best_batches, by_text, frontier, spots_of
 from gptnorm.report.scaling_table import OVERHEAD
 
 SCALE = 400
@@ -65,6 +65,26 @@ def test_from_a_best_batch_between_the_others(tmp_path: Path) -> None:
     table = markdown_study(tmp_path).split(f"**{OVERHEAD}**")[1].split("\n\n")[1]
     assert [row.split("|")[-2].split()[0] for row in table.splitlines()[2:]] == ["340", "340"]
     assert "edge" not in table
+
+
+def test_a_best_batch_that_has_no_best_rate_has_no_runner_up(tmp_path: Path) -> None:
+    """At the batch of the lowest loss the best rate is the highest tried; the next best is not the best batch."""
+
+    def loss(strategy: str, flops: float, batch: int) -> float:
+        return 5 - 0.1 * math.log(flops * worth(batch, 40.0)) - 0.5 * (batch == 80)
+
+    def rate(size: float, tokens: float, batch: float) -> float:
+        return 1.0 if batch == 80 else 0.016
+
+    study = ledger(tmp_path, loss=loss, rate=rate, sizes=(100,), texts=(6400, 25600, 102400), batches=BATCHES)
+    mine = spots_of(study, "base")
+    assert batches_of(mine) == []
+    assert frontier(mine) == []
+    assert all(best_batches(group) == {} for group in by_text(mine).values())
+    text = markdown_study(tmp_path)
+    assert OVERHEAD not in text
+    table = text.split(f"**{scaling_table.BATCHES}**")[1].split("\n\n")[1]
+    assert all(row.endswith("| 80 edge |") for row in table.splitlines()[2:])
 
 
 def test_at_the_largest_batch_there_is_none(tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ def test_what_is_damaged_is_not_joined_either(tmp_path: Path, make: Any) -> None
             refused.append(str(error))
             continue
         for pair in ((facts, whole), (whole, facts)):
-            assert list(differences(*pair)) or joined(*pair)
+            if not list(differences(*pair)):
+                both = joined(*pair)
+                assert set(both["strategies"]) == {name for part in pair for name in part["strategies"]}
+                assert both["lrs"] == sorted({lr for part in pair for lr in part["lrs"]})
         grown += 1
     assert not [told for told in refused if "\n" in told or str(folder) not in told]
     assert min(len(refused), grown) > 50

@@ -160,6 +160,46 @@ def test_stopped_midway(tmp_path: Path) -> None:
     assert "A ladder" in write_study_report(tmp_path).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("ended", [17, 10])
+def test_a_run_to_come_has_not_failed(tmp_path: Path, ended: int) -> None:
+    """A ledger has one seed after the other, so of its first half the second seed is missing everywhere."""
+    bests: dict[int, float | None] = {8: 1e-2, 64: 3e-3}
+    folder = make_ladder(tmp_path, {("a", None): bests}, seeds=2)
+    lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
+    whole = markdown_ladder(load_ladder(folder))
+    assert "‡" not in whole
+    lines.sort(key=lambda line: json.loads(line)["seed"])
+    (folder / "cells.jsonl").write_text("".join(lines[:ended]))
+    (track,) = load_ladder(folder).tracks
+    text = " ".join([*answer(load_ladder(folder)), markdown_ladder(load_ladder(folder))])
+    assert "‡" not in text
+    assert "none" not in text
+    assert "not stable" not in text
+    assert all(level.stable is None or level.stable.open for level in track.levels)
+    if ended == 10:
+        assert "nothing to compare yet" in text
+        assert "is any rate stable" not in text
+    # One seed that has failed says enough.
+    failed = {**json.loads(lines[0]), "status": "diverged", "val_loss": None}
+    (folder / "cells.jsonl").write_text("".join([json.dumps(failed) + "\n", *lines[1:ended]]))
+    level = next(lv for lv in load_ladder(folder).tracks[0].levels if lv.size == failed["size"])
+    assert Point(failed["lr"], None) in level.points
+
+
+def test_no_spread_of_the_seeds_that_moved_least(tmp_path: Path) -> None:
+    folder = make_ladder(tmp_path, {("a", None): {8: 1.5e-2, 64: 5e-3}}, seeds=3, noise=0.01)
+    (track,) = load_ladder(folder).tracks
+    assert track.shift_sd is not None
+    lines = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["size"] == 64 and line["lr"] == min(LRS) and line["seed"] == 2:
+            line["val_loss"] = 1.95
+    (folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (track,) = load_ladder(folder).tracks
+    assert len(track.per_seed) == 2
+    assert (track.shift_sd, track.slope_sd) == (None, None)
+
+
 def test_rules_stand_apart(tmp_path: Path) -> None:
     flat: dict[int, float | None] = dict.fromkeys((32, 64, 128), 1e-2)
     bests = {

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tolerance_folders import line, make_tolerance
 
-from gptnorm.report import load_tolerance, markdown_study
+from gptnorm.report import load_tolerance, markdown_study, scaling_plots
 from gptnorm.report.html import write_study_report
 from gptnorm.report.scaling import batch_law, best_batches, by_text, fit_law, frontier, loss_law, rate_law, saving
 from gptnorm.report.scaling import spots_of as spots
@@ -225,6 +226,26 @@ def test_tables_page_and_answer(tmp_path: Path) -> None:
     raw = write_study_report(tmp_path).read_text(encoding="utf-8")
     assert "Loss against compute" in raw
     assert "Best rate against size and text" in raw
+
+
+def test_rates_are_drawn_over_all_seeds_or_as_picked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the smallest text seed 3 tried no rate above its best; the other four are no sample of the five."""
+
+    def rates(seed: int, best: float) -> tuple[float, ...]:
+        return tuple(lr for lr in RATES if lr < 1.1 * best) if seed == 3 and best == 0.032 else RATES
+
+    study = ledger(tmp_path, loss=power, rate=lambda size, tokens, batch: 0.032 if tokens == 4000 else 0.011,
+                   sizes=(100,), rates=rates, noise=0.03)  # fmt: skip
+    smallest, *others = spots(study, "base")
+    assert set(smallest.rates) == set(SEEDS) - {3}
+    figures: list[Figure] = []
+    monkeypatch.setattr(scaling_plots, "to_svg", lambda figure, prefix: figures.append(figure) or "")
+    scaling_plots.best_rate_panels(study)
+    (axes,) = figures[0].axes
+    points, *whiskers = axes.get_lines()
+    means = [math.exp(np.mean(np.log(list(spot.rates.values())))) for spot in others]
+    assert list(points.get_ydata()) == pytest.approx([smallest.picked_rate, *means])
+    assert [line.get_xdata()[0] for line in whiskers] == [spot.tokens for spot in others]
 
 
 def test_places_of_one_compute_are_no_scaling(tmp_path: Path) -> None:

@@ -124,6 +124,27 @@ def test_studies_of_two_machines(study, tmp_path):
     assert [e["device"] for e in json.loads((mine / "study.json").read_text())["environments"]][1] == "another"
 
 
+def test_what_is_read_off_the_runs_stays_the_first_ones(study, tmp_path):
+    """The runs of both are comparable, whatever either reports of them."""
+    quiet, small = Console(quiet=True), (*SMALL, "study.search.reach=0", 'study.strategies=["prenorm","ngpt"]')
+    asked = {
+        "mine": ("study.epsilon=0.1",),
+        "theirs": ("study.epsilon=0.5", "study.baseline=ngpt", "study.report=best"),
+    }
+    mine, theirs = (
+        run_study(
+            Tolerance(), str(study), (*small, f"study.pick=[{pick}]", "study.seeds=[]", *how), tmp_path / name, quiet
+        )
+        for pick, (name, how) in zip((0, 0), asked.items(), strict=True)
+    )
+    before = json.loads((mine / "study.json").read_text())["tolerance"]
+    assert before["epsilon"] == 0.1
+    join_studies([theirs], mine)
+    assert json.loads((mine / "study.json").read_text())["tolerance"] == before
+    join_studies([theirs, mine], tmp_path / "new")
+    assert json.loads((tmp_path / "new/study.json").read_text())["tolerance"]["baseline"] == "ngpt"
+
+
 def test_what_does_not_go_together(study, tmp_path):
     quiet = Console(quiet=True)
     mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", quiet)

@@ -181,3 +181,26 @@ def test_shipped_recipes_leave_a_strategy_s_own_settings_alone(axis):
         assert own.keys() & flatten(layer.tree).keys() <= {"optim.eps"}
         assert flatten(layer.tree).get("optim.eps", 1e-12) == own["optim.eps"]
     assert make_cells(recipe, Grid(axis).read(recipe, ()), ())
+
+
+def test_rules_of_the_ledger_go_on_where_none_are_said(study):
+    """The command goes on without them, as it does without the widths or rates that were asked before."""
+    asked = ["study.widths=[16,32,48]", "model.n_kv_heads=1", "optim.base_width=16"]
+    recipe, grid = load_recipe(str(study)), Grid("width")
+
+    def facts(*settings):
+        over = (*asked, *settings)
+        plan = grid.plan(recipe, grid.read(recipe, over), over)
+        said = flatten(recipe.said([key for key in over if not key.startswith("study.")]))
+        return {
+            **plan.describe(), "settings": {"recipe": said}, "strategies": ["prenorm", "ngpt"], "lrs": [0.01, 0.001],
+            "seeds": [3],
+        }  # fmt: skip
+
+    silent = grid.read(recipe, tuple(asked))
+    assert grid.grown(silent, facts('study.rules=["mup","align"]'), frozenset()).rules == ("mup", "align")
+    assert grid.grown(silent, facts(), frozenset()).rules == ()
+    over = (*asked, "optim.width_rule=align")
+    assert grid.grown(grid.read(recipe, over), facts("optim.width_rule=align"), frozenset()).rules == ()
+    more = grid.read(recipe, (*asked, 'study.rules=["none"]'))
+    assert grid.grown(more, facts('study.rules=["mup"]'), frozenset()).rules == ("mup", "none")

@@ -20,6 +20,11 @@ def test_summary_against_numpy(losses):
     assert found.lowest == pytest.approx(windows.min(), abs=1e-9)
 
 
+def test_a_huge_loss_leaves_nothing_in_the_sums_after_it():
+    found = summarize([4.0] * 100 + [1e17] + [2.0] * 300, whole=True)
+    assert (found.tail, found.lowest) == (2.0, 2.0)
+
+
 def test_a_run_that_ends_early_has_no_end():
     assert summarize([3.0, 2.0], whole=False).tail is None
     assert summarize([], whole=True).tail is None

@@ -87,17 +87,29 @@ def test_the_picking_seed_brackets_best_and_edge():
     assert edge.unstable / edge.stable <= asked.search.edge * 1.01
 
 
-@pytest.mark.parametrize("report", ["all", "near", "best"])
+@pytest.mark.parametrize("report", ["all", "near", "around", "neighbours", "best"])
 def test_reported_seeds_train_where_it_says(report):
     asked = study(report=report)
     ended = carried_out(Group(strategy="a", setups=(OWN,)), landscape(), asked)
     picked = curve(ended, OWN, 0)
+    tried = [point.lr for point in picked]
+    _, best = min((point.loss, at) for at, point in enumerate(picked) if point.stable)
+    failed = next((at for at, point in enumerate(picked) if at > best and not point.stable), len(tried))
+    first, last = {
+        "all": (0, len(tried)), "near": (best - 1, failed), "around": (best - 1, best + 1),
+        "neighbours": (best - 1, best + 1), "best": (best, best),
+    }[report]  # fmt: skip
+    expected = tried[first : last + 1]
+    assert best > 1, "some rates are left out"
+    assert failed > best + 1, "some rates lie between"
+    assert rates_to_report(picked, asked) == expected
     for seed in asked.seeds:
         mine = curve(ended, OWN, seed)
         rates = {point.lr for point in mine}
-        assert set(rates_to_report(picked, asked)) <= rates
+        assert set(expected) <= rates
         if report == "best":
-            assert rates == {best_point(picked).lr}
+            assert rates == {tried[best]}
+        if report in ("best", "around", "neighbours"):
             continue
         edge = edge_of(mine)
         assert edge.unstable / edge.stable <= asked.search.edge * 1.01, "each seed's own edge is bracketed"

@@ -206,6 +206,17 @@ def test_parts_and_a_text_that_has_changed(study, text, other, tmp_path):
         first = json.loads((order[0] / "study.json").read_text())
         assert facts["data"] == first["data"]
         assert facts["unigram_entropy"] == first["unigram_entropy"]
+    # Each trains on one and is evaluated on both.
+    both = f"study.evaluate={json.dumps([str(text), other])}"
+    join_studies(
+        [
+            ask(study, tmp_path / name, f"study.map.data.path={json.dumps([path])}", "study.report=best", both)
+            for name, path in (("first", str(text)), ("second", other))
+        ],
+        tmp_path / "evaluated",
+    )
+    facts = json.loads((tmp_path / "evaluated/study.json").read_text())
+    assert {name: found["trained"] for name, found in facts["texts"].items()} == {str(text): True, other: True}
     Path(other).write_text(Path(other).read_text() + "One more document.\n")
     with pytest.raises(OtherStudy, match=r"the text 'deep/other\.txt'"):
         ask(study, tmp_path / "whole", *settings)

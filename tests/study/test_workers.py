@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
+
+from gptnorm.recipe import load_recipe
+from gptnorm.study import pool
+from gptnorm.study.cell import Cell
+from gptnorm.study.display import Display
+from gptnorm.study.outcome import summarize
+from gptnorm.study.pool import Outcome
+from gptnorm.study.workers import Workers
 
 PROC = Path("/proc")
 
@@ -90,3 +103,28 @@ def test_workers_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> 
     if sign == signal.SIGINT:
         assert process.returncode == 130
         assert err.strip() == "gptnorm: interrupted"
+
+
+def test_a_run_is_kept_though_nobody_reads_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a pipe to `head`: the run has been handed over by the time that its line cannot be printed."""
+
+    class Gone(Display):
+        def finished(self, cell: Cell, result: Any) -> None:
+            raise SystemExit(1)
+
+    ran = Outcome(result=SimpleNamespace(val_loss=1.0), training=summarize([1.0], whole=True), measured={})  # type: ignore[arg-type]
+    monkeypatch.setattr(pool, "Display", Gone)
+    monkeypatch.setattr(pool, "_processes", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(pool, "_run_cell", lambda *_: ran)
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    bystander.start()
+    cell = Cell(strategy="prenorm", lr=1e-3, seed=0, config=load_recipe("laptop/prenorm").resolve())
+    found = []
+    try:
+        with pytest.raises(SystemExit):
+            found.extend(pool.run_cells(lambda: [cell], {}, tmp_path, Workers(count=1), Console(quiet=True)))
+        assert found == [(cell, ran)]
+        assert bystander.is_alive(), "a process that is none of the study's"
+    finally:
+        bystander.terminate()
+        bystander.join()
