@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gptnorm.report import is_tolerance, load_tolerance
+from gptnorm.report import ToleranceStudy, load_any
 from gptnorm.report.track import Track, Trial
 from gptnorm.study.measures import judged
 
@@ -51,9 +51,9 @@ def failed(track: Track) -> list[Trial]:
 def failures(root: Path) -> Iterator[Failures]:
     """Of every study there that is large enough."""
     for path in sorted(root.glob("*/study.json")):
-        if not is_tolerance(path.parent):
+        study = load_any(path.parent)
+        if not isinstance(study, ToleranceStudy):
             continue
-        study = load_tolerance(path.parent)
         tracks = [track for place in study.places for track in place.tracks]
         trials = [trial for track in tracks for trial in track.trials]
         if len(trials) >= RUNS:

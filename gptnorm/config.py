@@ -292,8 +292,8 @@ class GuardConfig:
     """Which updates are left out."""
 
     sigmas: PositiveFloat | None = None
-    """Leave out an update whose loss or gradient norm is this many standard deviations above the mean of those before
-    it. Left out: none is. 6 is usual."""
+    """Skip an update whose loss or gradient norm is this many standard deviations above the mean of those before it.
+    Default: none is skipped. 6 is usual."""
     window: Annotated[int, Field(ge=16, le=65536)] = 128
     """How many updates that mean and deviation are taken over; the first ones are all made."""
 

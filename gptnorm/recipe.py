@@ -29,7 +29,7 @@ from gptnorm.config import BUILT_IN_CORPORA, BUILT_IN_TOKENIZERS, Config, ModelC
 from gptnorm.errors import UserError, bad_value
 from gptnorm.model.presets import preset_settings
 from gptnorm.strategies import find_strategy, make_strategy
-from gptnorm.tables import Tree, merge, nest
+from gptnorm.tables import Tree, flatten, merge, nest, within
 from gptnorm.typed import read_table
 
 
@@ -138,28 +138,38 @@ def read_config(path: Path) -> Config:
     return read_table(Config, _read_toml(path))
 
 
-HOW = ("parallel.", "train.accumulate", "train.compile", "train.device", "train.recompute", "train.threads")
-"""Settings that say how a run computes and not what, so that it may go on with others."""
+def changed(config: Config, settings: Iterable[str], allowed: Sequence[str], reason: str) -> Config:
+    """A run's config with some settings changed.
 
-
-def adjusted(config: Config, overrides: Sequence[str]) -> Config:
-    """The config of a run that goes on with other `key=value` arguments, of `HOW` alone.
-
-    A new `parallel.tensor` takes back `parallel.data`, unless that is given, too.
+    Args:
+        settings: `key=value` arguments.
+        allowed: keys and tables of keys that may be changed.
+        reason: why no other may be.
 
     Raises:
         UserError: another key, or a wrong value.
     """
-    over = parse_overrides(overrides)
-    for argument in overrides:
-        if not argument.startswith(HOW):
-            keys = ", ".join(key + "*" if key.endswith(".") else key for key in HOW)
-            raise UserError(f"{argument}: a run goes on with the settings it began with, but for {keys}")
+    overrides = parse_overrides(settings)
+    for key, value in flatten(overrides).items():
+        if not within(key, allowed):
+            raise bad_value(key, value, f"{reason}; may be set: {', '.join(allowed)}")
     tree = to_tree(config)
-    if "tensor" in over.get("parallel", {}):
-        tree["parallel"]["data"] = None
-    merge(tree, over)
+    merge(tree, overrides)
     return read_table(Config, tree)
+
+
+HOW = ("parallel", "train.accumulate", "train.compile", "train.device", "train.recompute", "train.threads")
+"""Settings, and tables of settings, that say how a run computes and not what, so that it may go on with others."""
+
+
+def adjusted(config: Config, settings: Sequence[str]) -> Config:
+    """The config of a run that goes on with other settings, of `HOW` alone; see `changed`.
+
+    A new `parallel.tensor` takes back `parallel.data`, unless that is given, too.
+    """
+    if "parallel.tensor" in flatten(parse_overrides(settings)):
+        config = replace(config, parallel=replace(config.parallel, data=None))
+    return changed(config, settings, HOW, "a run goes on with the settings it began with")
 
 
 def recipe_root() -> Path:

@@ -1,4 +1,4 @@
-"""Readers of the files in run and study folders, and the one careful writer.
+"""Readers of the files in run and study folders.
 
 A run may be killed at any moment, so the last line of a `.jsonl` file may be cut short.
 Such a line is skipped; everything before it counts.
@@ -62,7 +62,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a `config.toml`, or an empty dict where the file is missing."""
     if not path.exists():
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Tree = dict[str, Any]
@@ -34,3 +34,8 @@ def merge(into: Tree, other: Tree) -> None:
             merge(into[key], value)
         else:
             into[key] = copy.deepcopy(value)
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of those, or in a table that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)

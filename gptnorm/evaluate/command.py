@@ -25,12 +25,12 @@ from gptnorm.evaluate.texts import Own, Text, open_own, open_text, own_text, ref
 from gptnorm.evaluate.trained_on import TrainedOn
 from gptnorm.model import GPT
 from gptnorm.probe.show import plain
-from gptnorm.recipe import parse_overrides, to_tree
+from gptnorm.recipe import changed, parse_overrides, to_tree
 from gptnorm.report.format import count_text, plural, spread_text
 from gptnorm.tables import flatten
 from gptnorm.train.inputs import check_vocab, resolve_device, within_memory
 from gptnorm.train.run_folder import RunFolder
-from gptnorm.train.snapshot import Snapshot, open_snapshot, run_config
+from gptnorm.train.snapshot import Snapshot, open_snapshot
 
 MAY_BE_SET = (
     "data.cache",
@@ -280,7 +280,7 @@ def _config(trained: Config, settings: Sequence[str]) -> Config:
     base = replace(trained, train=replace(train, batch_size=train.batch_size // train.accumulate, accumulate=1))
     given = "data.path" in flatten(parse_overrides(settings))
     reason = "the text to score is given with --data" if given else "a run is evaluated as it was trained"
-    config = run_config(base, settings, MAY_BE_SET, reason)
+    config = changed(base, settings, MAY_BE_SET, reason)
     asked = _value(settings, "train.precision")
     if asked == "fp8":
         reason = "a float8 scale is that of a whole batch, so that a text's score would depend on its neighbours"

@@ -14,10 +14,10 @@ from gptnorm.config import Config
 from gptnorm.data import Sampler, prepare
 from gptnorm.errors import bad_value
 from gptnorm.model import GPT
-from gptnorm.recipe import load_recipe
-from gptnorm.train.inputs import check_ids, check_vocab, resolve_device
+from gptnorm.recipe import changed, load_recipe
+from gptnorm.train.inputs import check_vocab, resolve_device, to_device
 from gptnorm.train.run_folder import RunFolder
-from gptnorm.train.snapshot import Snapshot, open_snapshot, run_config
+from gptnorm.train.snapshot import Snapshot, open_snapshot
 
 DTypeName = Literal["fp32", "fp64"]
 DTYPES: dict[DTypeName, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
@@ -54,7 +54,7 @@ def find_config(name: str, settings: Iterable[str] = ()) -> tuple[Config, RunFol
     if not path.is_dir():
         return load_recipe(name).resolve(settings), None
     folder = RunFolder.open(path)
-    return run_config(folder.config(), settings, OF_THE_BATCH, "a run is measured as it was trained"), folder
+    return changed(folder.config(), settings, OF_THE_BATCH, "a run is measured as it was trained"), folder
 
 
 def open_source(
@@ -92,7 +92,7 @@ def open_source(
         generator = torch.Generator().manual_seed(config.seed)
         tokens = torch.randint(0, vocab, (batch_size, train.seq_len + 1), generator=generator)
     else:
-        tokens = check_ids(text.batch(0), vocab)
+        tokens = to_device(text.batch(0), vocab, device)
     model, tokens = snapshot.model(vocab=vocab, device=device), tokens.to(device)
     if snapshot.checkpoint is None:
         model.calibrate(tokens)

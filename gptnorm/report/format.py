@@ -65,6 +65,6 @@ def names_text(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def plural(count: int, noun: str) -> str:
-    """ "1 seed", "3 seeds"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: int, noun: str, several: str | None = None) -> str:
+    """ "1 seed", "3 seeds"; `several` where it is not the noun with an s."""
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"

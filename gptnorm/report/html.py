@@ -9,12 +9,14 @@ from pathlib import Path
 
 from gptnorm.errors import UserError
 from gptnorm.files import write_atomic
-from gptnorm.report.ladder import is_ladder, load_ladder
+from gptnorm.report.any_study import load_any
+from gptnorm.report.ladder import Ladder
 from gptnorm.report.ladder_page import ladder_page
-from gptnorm.report.results import load_study
+from gptnorm.report.results import Study
 from gptnorm.report.run_page import run_page
-from gptnorm.report.study_page import REPORT, study_page
-from gptnorm.report.tolerance_ledger import is_tolerance, load_tolerance
+from gptnorm.report.shared import REPORT
+from gptnorm.report.study_page import study_page
+from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.report.tolerance_page import tolerance_page
 
 
@@ -23,10 +25,13 @@ def write_study_report(folder: str | Path) -> Path:
 
     Raises UserError where the folder holds no readable `study.json`.
     """
-    if is_tolerance(folder):
-        content = tolerance_page(load_tolerance(folder))
-    else:
-        content = ladder_page(load_ladder(folder)) if is_ladder(folder) else study_page(load_study(folder))
+    match load_any(folder):
+        case ToleranceStudy() as study:
+            content = tolerance_page(study)
+        case Ladder() as study:
+            content = ladder_page(study)
+        case Study() as study:
+            content = study_page(study)
     write_atomic(Path(folder) / REPORT, content)
     return Path(folder) / REPORT
 

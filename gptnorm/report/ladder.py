@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptnorm.errors import UserError
-from gptnorm.records import finite, read_object
+from gptnorm.records import finite
 from gptnorm.report.optimum import Best, Point, Stable, best_rate, largest_stable, mean_points, seed_points
 from gptnorm.report.results import Row, Study, load_study
 from gptnorm.statistics import sample_sd
@@ -174,11 +174,6 @@ class Ladder:
     def label(self, size: int) -> str:
         """ "8 blocks" or "d 64"."""
         return f"{size} blocks" if self.axis == "depth" else f"d {size}"
-
-
-def is_ladder(folder: str | Path) -> bool:
-    """Whether the study folder holds a ladder; UserError if it holds no study."""
-    return "ladder" in read_object(Path(folder) / "study.json")
 
 
 def load_ladder(folder: str | Path) -> Ladder:

@@ -12,7 +12,7 @@ from gptnorm.report.ladder import Ladder, Track
 from gptnorm.report.ladder_plots import loss_panels, needs_marks, rates_against_size, signal_panels
 from gptnorm.report.ladder_table import grids, notes, octaves_text, stable_text
 from gptnorm.report.page import Markup, tag
-from gptnorm.report.study_page import provenance_section, settings_section
+from gptnorm.report.shared import provenance_section, settings_section
 
 MOST_NAMED = 4
 """Tracks that a sentence lists one by one."""
@@ -76,7 +76,7 @@ def _subtitle(ladder: Ladder) -> str:
     study = ladder.study
     rules = list(dict.fromkeys(track.rule for track in ladder.tracks if track.rule))
     sizes = [
-        "1 strategy" if len(study.strategies) == 1 else f"{len(study.strategies)} strategies",
+        plural(len(study.strategies), "strategy", "strategies"),
         *([plural(len(rules), "rule")] if len(rules) > 1 else []),
         plural(len(ladder.sizes), ladder.axis),
         plural(len(study.lrs), "learning rate"),

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from gptnorm.records import finite, read_config, read_lines, read_object_if_there
+from gptnorm.records import finite, read_lines, read_object_if_there, read_toml
 from gptnorm.report import page
 from gptnorm.report.format import count_text, duration_text, loss_text, value_text
 from gptnorm.report.gauge_page import gauge_sections
@@ -21,7 +21,7 @@ def run_page(folder: Path) -> str:
     """The HTML of a run report."""
     metrics = read_lines(folder / "metrics.jsonl")
     status = read_object_if_there(folder / "status.json")
-    config = flatten(read_config(folder / "config.toml"))
+    config = flatten(read_toml(folder / "config.toml"))
     environment = read_object_if_there(folder / "environment.json")
     title = f"Run {folder.resolve().name}"
     content: list[Markup] = [tag("header", [tag("h1", title)])]
@@ -74,8 +74,8 @@ def _with_unit(text: str, unit: str) -> str:
 def tokens_per_second(metrics: list[dict[str, Any]]) -> float | None:
     """Training speed from the running totals `tokens` and `seconds` of the train lines.
 
-    The first line is only a start, since it holds the warm-up of the machine; a step back in
-    time (a resume starts its clock anew) is left out.
+    The first line is only a start, since it holds the warm-up of the machine; a step back in time, as lines that were
+    joined by hand may have, is left out.
     """
     totals = [(finite(row.get("tokens")), finite(row.get("seconds"))) for row in metrics if row.get("split") == "train"]
     points = [(tokens, seconds) for tokens, seconds in totals if tokens is not None and seconds is not None]

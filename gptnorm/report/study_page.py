@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote
-
-from gptnorm.records import finite
 from gptnorm.report import page
 from gptnorm.report.curves import study_curves
-from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, plural, spread_text, value_text
+from gptnorm.report.format import count_text, loss_text, lr_text, plural, spread_text
 from gptnorm.report.gaps import Gap, paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
-from gptnorm.report.results import About, Cell, Study
-from gptnorm.report.shared import environments_pairs, setting_table
+from gptnorm.report.results import Study
+from gptnorm.report.shared import provenance_section, settings_section
 from gptnorm.report.table import CellText, cell_text, footnotes
 from gptnorm.report.verdict import caveats, gap_reading, interval_text, verdict
-
-REPORT = "report.html"
 
 
 def study_page(study: Study) -> str:
@@ -83,7 +75,7 @@ def study_page(study: Study) -> str:
 
 def _subtitle(study: Study) -> str:
     sizes = [
-        plural(len(study.strategies), "strategy").replace("strategys", "strategies"),
+        plural(len(study.strategies), "strategy", "strategies"),
         plural(len(study.lrs), "learning rate"),
         plural(len(study.seeds), "seed"),
     ]
@@ -149,91 +141,3 @@ def _ranking(study: Study) -> list[Markup]:
     )
     ranking = page.table(label, head, rows, class_="numbers grid", words=frozenset({"reading"}))
     return [page.section(label, [ranking, tag("p", note, class_="notes")])]
-
-
-def settings_section(study: About) -> Markup:
-    """What differs between the strategies, and what they share."""
-    label = "Settings that differ between the strategies"
-    content: list[Markup] = []
-    if study.differing:
-        rows = [
-            [
-                page.head_cell(key),
-                *(page.data_cell(value_text(values.get(strategy))) for strategy in study.strategies),
-            ]
-            for key, values in study.differing.items()
-        ]
-        content.append(page.table(label, ["setting", *study.strategies], rows))
-    else:
-        content.append(tag("p", "None but the strategy and the learning rate."))
-    if study.shared:
-        content.append(page.details(f"Shared settings ({len(study.shared)})", [setting_table(study.shared)]))
-    return page.section(label, content)
-
-
-def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = None) -> Markup:
-    """Command, data, versions and every run.
-
-    Args:
-        seeds: the seeds in words; default: those of the study, listed.
-    """
-    items = [
-        ("Recipe", study.recipe or "not recorded"),
-        *_data_pairs(study),
-        ("Seeds", ", ".join(str(seed) for seed in study.seeds) if seeds is None else seeds),
-        *environments_pairs(study.environments),
-        ("Time, of all sessions and parts", duration_text(study.seconds)),
-    ]
-    content = []
-    if study.commands:
-        content.append(tag("pre", tag("code", "\n".join(study.commands))))
-    content.append(page.pairs(items))
-    if cells:
-        content.append(page.details(f"Every run ({len(cells)})", [_run_table(study.folder, cells)]))
-    return page.section("How it was run", content)
-
-
-def _data_pairs(study: About) -> list[tuple[str, str]]:
-    data = study.data
-
-    def tokens(text: Mapping[str, Any]) -> str:
-        training, validation = (count_text(finite(text.get(f"{split}_tokens"))) for split in ("train", "val"))
-        return f"{training} training, {validation} validation"
-
-    tokenizer = ("Tokenizer", value_text(data.get("tokenizer")))
-    if study.texts:
-        found = []
-        for name, text in study.texts.items():
-            use = "trained on" if text.get("trained") else "evaluated on"
-            entropy = loss_text(finite(text.get("unigram_entropy")))
-            words = f"{use}; tokens: {tokens(text)}; fingerprint {value_text(text.get('fingerprint'))}"
-            found.append((f"Text {name}", f"{words}; unigram entropy {entropy} nats"))
-        return [tokenizer, *found]
-    return [
-        ("Data", value_text(data.get("path"))),
-        ("Data fingerprint", value_text(data.get("fingerprint"))),
-        tokenizer,
-        ("Tokens", tokens(data)),
-        ("Unigram entropy", f"{loss_text(study.unigram_entropy)} nats"),
-    ]
-
-
-def _run_table(folder: Path, cells: Sequence[Cell]) -> Markup:
-    rows = []
-    for cell in cells:
-        own = folder / cell.run / REPORT
-        # A link only to what is there; quoting makes it a path, whatever the data says.
-        where = tag("a", cell.run, href=quote(f"{cell.run}/{REPORT}")) if cell.run and own.is_file() else cell.run
-        rows.append(
-            [
-                page.head_cell(cell.strategy),
-                page.data_cell(lr_text(cell.lr)),
-                page.data_cell(str(cell.seed)),
-                page.data_cell(cell.status, "diverged words" if cell.diverged else "words"),
-                page.data_cell(loss_text(cell.val_loss if cell.finished else None)),
-                page.data_cell(duration_text(cell.seconds)),
-                page.data_cell([where], "words"),
-            ]
-        )
-    head = ["strategy", "learning rate", "seed", "status", "validation loss", "time", "run"]
-    return page.table("Every run", head, rows, class_="numbers grid", words=frozenset({"status", "run"}))

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gptnorm.errors import UserError
-from gptnorm.records import finite, read_object
+from gptnorm.records import finite
 from gptnorm.report.results import About, Cell, about_of
 from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.track import Track, Trial
@@ -20,11 +20,6 @@ from gptnorm.study.search import Search
 
 Trials = dict[tuple[str, Pairs, Pairs], dict[str, Trial]]
 """By strategy, place and variant; of each, by its folder."""
-
-
-def is_tolerance(folder: str | Path) -> bool:
-    """Whether the folder holds a tolerance study."""
-    return "tolerance" in read_object(Path(folder) / "study.json")
 
 
 def load_tolerance(folder: str | Path) -> ToleranceStudy:

@@ -12,6 +12,7 @@ from gptnorm.report.format import MISSING, loss_text, lr_text, names_text, plura
 from gptnorm.report.grids import Grid
 from gptnorm.report.scaling_table import scaling_words
 from gptnorm.report.tolerance import ToleranceStudy
+from gptnorm.study.outcome import SPIKE, SPIKE_WINDOW, TAIL
 
 LINE = "Rate up to which the loss stays below so many times the own best, over {}'s"
 
@@ -66,8 +67,8 @@ def stability_note(study: ToleranceStudy) -> str:
         )
     if math.isfinite(study.stability.rise):
         rules.append(
-            f"its training loss over the last 5 % of the steps is at most {study.stability.rise:g} nats above its "
-            "lowest over any stretch as long"
+            f"its training loss over the last {100 * TAIL:g} % of the steps is at most {study.stability.rise:g} nats "
+            "above its lowest over any stretch as long"
         )
     if math.isfinite(study.stability.worse):
         rules.append(f"above its best rate, its validation loss is at most {study.stability.worse:g} times that there")
@@ -179,8 +180,10 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "own.",
         "LR sensitivity": f"LR sensitivity: mean excess over the own lowest loss, over ln(rate) from {low} to {high}, "
         f"in nats; a loss counts for at most that of a model that knows nothing. {_sensitive(study)}",
-        "spikes": "Spikes: training losses more than 0.3 nats above the median of the 50 before, mean over seeds.",
-        "validation gap": "Validation gap: validation loss minus training loss over the last 5 % of the steps.",
+        "spikes": f"Spikes: training losses more than {SPIKE:g} nats above the median of the {SPIKE_WINDOW} before, "
+        "mean over seeds.",
+        "validation gap": f"Validation gap: validation loss minus training loss over the last {100 * TAIL:g} % of the "
+        "steps.",
         "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
         "what it returns, mean over blocks; 0 is an affine map.",
         "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",

@@ -10,7 +10,7 @@ from gptnorm.report.grids import Grid, grid_table
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.scaling_plots import best_rate_panels, loss_against_compute
 from gptnorm.report.scaling_table import scaling_grids
-from gptnorm.report.study_page import provenance_section, settings_section
+from gptnorm.report.shared import provenance_section, settings_section
 from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import notes, seeds_text
 from gptnorm.report.tolerance_plots import loss_against_rate, place_panels, tolerance_bars, training_panels
@@ -51,8 +51,7 @@ def tolerance_page(study: ToleranceStudy) -> str:
 
 
 def _subtitle(study: ToleranceStudy) -> str:
-    count = len(study.about.strategies)
-    parts = ["1 strategy" if count == 1 else f"{count} strategies"]
+    parts = [plural(len(study.about.strategies), "strategy", "strategies")]
     if study.mapped:
         parts.append(plural(len(study.places), "place"))
     seeds = plural(len(study.seeds), "seed")
@@ -108,7 +107,10 @@ def _scaling(study: ToleranceStudy) -> list[Markup]:
     ]
     sections = [page.section("Loss against compute", drawn)] if drawn else []
     if panels:
-        note = "At the best batch of each. Whiskers: 95 % intervals over the reported seeds. One scale for all."
+        note = (
+            "At the best batch of each. Whiskers: 95 % intervals over the reported seeds; none where one of them has "
+            "no optimum, and the picking seeds' rate is drawn. One scale for all."
+        )
         content = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")]
         sections.append(page.section("Best rate against size and text", content))
     return [*sections, *(_titled(grid) for grid in tables)]

@@ -364,7 +364,7 @@ def _at_end(track: Track | None) -> bool:
 
 
 def _gain(before: Track | None, after: Track | None) -> Estimate | None:
-    """Of what another setting than its own is best for, with no seed that failed."""
+    """What tuning gained; None where the strategy's own setting was chosen, or a seed failed."""
     if before is None or after is None or before.variant == after.variant or before.failed or after.failed:
         return None
     return paired_difference(after.losses, before.losses)

@@ -34,9 +34,11 @@ from gptnorm.study.cell import Cell, Measured
 from gptnorm.study.signal import signal
 from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.checkpoint import latest_checkpoint, load_model, prune_checkpoints, read_state
-from gptnorm.train.inputs import autocast, check_vocab, open_batches, open_validation, resolve_device
+from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
 from gptnorm.train.loop import Result, start_run
+from gptnorm.train.parallel import World
 from gptnorm.train.progress import Watcher
+from gptnorm.train.validation import validation_loss
 
 
 def run_and_measure(
@@ -99,17 +101,10 @@ def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tu
     return result, {"memory": torch.cuda.max_memory_allocated(device)}
 
 
-@torch.no_grad()
 def _loss(model: GPT, config: Config, shards: Shards) -> float | None:
-    """Mean over the validation windows, in nats per token; None: not finite."""
-    validation = open_validation(config, shards)
-    device = model.embed.weight.device
-    model.eval()
-    total = 0.0
-    for windows in validation:
-        with autocast(config, device):
-            total += float(model.loss(torch.from_numpy(windows).to(device))) * len(windows)
-    return finite(total / sum(map(len, validation)))
+    """The validation loss on a text as on the run's own; None: not finite."""
+    world, vocab = World(device=model.embed.weight.device), check_vocab(config, shards)
+    return finite(validation_loss(model, open_validation(config, shards), config, world, vocab=vocab))
 
 
 def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:

@@ -29,8 +29,8 @@ RESERVED = ("model.strategy", "optim.lr", "seed", "train.log_every")
 """Settings that every study sets itself."""
 
 FIXED = ("data.", "run.", "checkpoint.", "watch.", "gauge.", "parallel.", "study.")
-"""Tables whose settings are the same in all cells, but for `TEXT` from place to place, each of which is a comparison of
-its own: the runs would not be comparable, or not be made otherwise."""
+"""Tables that no study may vary from cell to cell, since its runs would not be comparable. `TEXT` alone may differ from
+place to place, each of which is a comparison of its own."""
 
 Rate = Annotated[float, Field(ge=1e-30, le=1e30)]
 """A peak learning rate, with room to go on beyond."""

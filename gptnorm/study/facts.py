@@ -13,14 +13,14 @@ from gptnorm.study.ladder import SETS
 from gptnorm.study.ledger import split
 from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, describe_texts
-from gptnorm.tables import flatten
+from gptnorm.tables import flatten, within
 
 VARIED = ("model.strategy", "optim.lr", "seed", "run.dir", "data.cache")
 """What differs from run to run in every study, and where a machine keeps its shards."""
 
 FILES = ("data.path", "data.tokenizer")
-"""What may be files of one's own. A ledger has their names alone, so that it goes on, and is joined, where they lie in
-another folder, and does not tell in which they lie; `data.fingerprint` says what they hold."""
+"""Settings that may name local files. A ledger records the files' names without their folder, so that a study can move
+to where they lie elsewhere; `data.fingerprint` identifies what they hold."""
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
@@ -34,7 +34,7 @@ def split_settings(cells: list[Cell]) -> dict[str, Any]:
     """
     by_strategy: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        settings = {key: value for key, value in flatten(to_tree(cell.config)).items() if not key.startswith(HOW)}
+        settings = {key: value for key, value in flatten(to_tree(cell.config)).items() if not within(key, HOW)}
         placed = [key for key, _ in (*cell.setup.place, *cell.setup.follows)]
         for varied in (*VARIED, *(SETS[cell.rung.axis] if cell.rung else ()), *placed):
             settings.pop(varied, None)
@@ -95,10 +95,10 @@ def describe_study(
 def _how(cell: Cell) -> dict[str, Any]:
     """How the runs compute, where it is not as the settings' defaults say, and no place says it."""
     usual, place = flatten(to_tree(Config())), dict(cell.setup.place)
-    computed = {key: value for key, value in flatten(to_tree(cell.config)).items() if key.startswith(HOW)}
+    computed = {key: value for key, value in flatten(to_tree(cell.config)).items() if within(key, HOW)}
     return {key: value for key, value in computed.items() if value != usual[key] and key not in place}
 
 
 def _said(recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     said = flatten(recipe.said([argument for argument in overrides if not argument.startswith("study.")]))
-    return _files_by_name({k: v for k, v in said.items() if k not in VARIED and not k.startswith(HOW)})
+    return _files_by_name({k: v for k, v in said.items() if k not in VARIED and not within(k, HOW)})

@@ -29,7 +29,7 @@ from gptnorm.lock import Taken, acquire
 from gptnorm.recipe import HOW, to_tree
 from gptnorm.study.cell import TEXT, text_name
 from gptnorm.study.schema import Facts, read_cells, read_facts
-from gptnorm.tables import flatten
+from gptnorm.tables import flatten, within
 
 UNIONS = ("strategies", "lrs", "seeds", "commands", "environments")
 
@@ -269,7 +269,7 @@ def _comparable(earlier: Facts, facts: Facts) -> Iterator[tuple[str, Any, Any]]:
     for a, b in [*pairs, (earlier["settings"]["recipe"], facts["settings"]["recipe"])]:
         for key in dict.fromkeys([*a, *b]):
             # Where and how a run is computed may change; environments say it.
-            if not key.startswith(HOW):
+            if not within(key, HOW):
                 yield key, a.get(key), b.get(key)
     if not _maps_texts(earlier):
         yield "data.fingerprint", earlier["data"]["fingerprint"], facts["data"]["fingerprint"]

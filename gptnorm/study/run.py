@@ -117,16 +117,17 @@ def run_study(
             study = kind.grown(study, ledger.earlier, said_keys(recipe, overrides))
         plan = kind.plan(recipe, study, overrides)
         config = plan.samples[0].config
+        line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
         with console.status("preparing the text …"):
             texts = prepare_texts(plan.samples)
-        _check(plan.samples, texts)
-        device = resolve_device(config.train.device)
-        line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
-        vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
-        workers = workers_for(plan.samples, device, vocab, study.workers)
-        environment = describe_environment(device)
-        environment["threads"] = workers.threads or config.train.threads or environment["threads"]
-        facts = describe_study(recipe, plan, texts, overrides, line, environment)
+            _check(plan.samples, texts)
+            device = resolve_device(config.train.device)
+            vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
+            workers = workers_for(plan.samples, device, vocab, study.workers)
+            environment = describe_environment(device)
+            environment["threads"] = workers.threads or config.train.threads or environment["threads"]
+            # Counts every token for the unigram entropy.
+            facts = describe_study(recipe, plan, texts, overrides, line, environment)
         if fresh and ledger.earlier is not None:
             folder = ledger.move_aside()
             stack.close()

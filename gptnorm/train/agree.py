@@ -88,7 +88,10 @@ def is_loss_of_another(error: BaseException) -> bool:
 
 
 def on_first(action: Callable[[], T], group: Group | None) -> T:
-    """The first process acts, and all get what came of it: the value, or a SharedError."""
+    """The first process acts, and all get what came of it: the value, or a SharedError.
+
+    A process by itself (`group` None) has the action's own errors.
+    """
     if group is None:
         return action()
     word: list[Any] = [None, None]

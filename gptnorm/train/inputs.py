@@ -98,7 +98,11 @@ def refuse_unknown_ids(tokens: np.ndarray, vocab: int) -> None:
         raise bad_value("model.vocab_size", vocab, f"the shards hold the token id {largest}, so more are needed")
 
 
-def check_ids(tokens: np.ndarray, vocab: int) -> Tensor:
-    """The batch as a tensor, its ids known to the embedding."""
-    refuse_unknown_ids(tokens, vocab)
-    return torch.from_numpy(tokens)
+def to_device(rows: np.ndarray, vocab: int, device: torch.device) -> Tensor:
+    """Rows of a batch on the device, their ids known to the embedding; the device is not waited for."""
+    refuse_unknown_ids(rows, vocab)
+    tokens = torch.from_numpy(np.ascontiguousarray(rows))
+    if device.type != "cuda":
+        return tokens.to(device)
+    # From memory that may be paged out a copy would wait for all the work before it.
+    return tokens.pin_memory().to(device, non_blocking=True)

@@ -28,7 +28,7 @@ from gptnorm.tables import flatten
 from gptnorm.train.agree import cpu_group, gathered, is_loss_of_another, largest, on_first, together
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
 from gptnorm.train.guard import Guard
-from gptnorm.train.inputs import autocast, check_ids, check_vocab, open_batches, within_memory
+from gptnorm.train.inputs import autocast, check_vocab, open_batches, to_device, within_memory
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
 from gptnorm.train.optim import build_optimizer
@@ -40,6 +40,7 @@ from gptnorm.train.run_folder import RunFolder, Status
 from gptnorm.train.saver import Saver
 from gptnorm.train.schedule import lr_factor
 from gptnorm.train.stop import StopWish
+from gptnorm.train.validation import validation_loss
 from gptnorm.train.watch import Watch, summarize
 
 VERIFIED_BYTES = 1 << 28
@@ -367,7 +368,7 @@ class _Trainer:
         rows = self.sampler.batch(self.step)[: train.batch_size // train.accumulate]
         count = world.data_size * -(-self.config.gauge.sequences // world.data_size)
         own = np.split(rows[:count], world.data_size)[world.data_rank]
-        return self._to_device(check_ids(np.ascontiguousarray(own), self.vocab))
+        return to_device(own, self.vocab, self.device)
 
     def _logs(self, update: int) -> bool:
         return self._due(self.config.train.log_every, update) or update == self.config.train.steps
@@ -383,13 +384,7 @@ class _Trainer:
         world = self.world
         parts = np.split(self.sampler.batch(step), self.config.train.accumulate)
         rows = [np.split(part, world.data_size)[world.data_rank] for part in parts]
-        return [self._to_device(check_ids(np.ascontiguousarray(part), self.vocab)) for part in rows]
-
-    def _to_device(self, tokens: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tokens.to(self.device)
-        # From memory that may be paged out a copy would wait for all the work before it.
-        return tokens.pin_memory().to(self.device, non_blocking=True)
+        return [to_device(part, self.vocab, self.device) for part in rows]
 
     def _seed_dropout(self, number: int) -> None:
         """Random numbers of a micro-batch follow from the seed and its place, so that no generator has to be saved."""
@@ -414,22 +409,9 @@ class _Trainer:
         reasons = [first_nonfinite(self.model, repeat(number)) for number in range(len(micros))]
         return next((r for r in reasons if r != "norm of the gradient"), reasons[0])
 
-    @torch.no_grad()
     def _validate(self, folder: RunFolder, board: TensorBoard) -> bool:
-        """Mean loss over the fixed validation windows, into `val_loss` (None: not finite); whether it is the best."""
-        world = self.world
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.model.eval()
-        for windows in self.validation:
-            rows = windows[world.data_rank :: world.data_size]
-            # Sharded weights want every process in every forward pass, also one for which no row is left.
-            tokens = check_ids(np.ascontiguousarray(rows if len(rows) else windows[:1]), self.vocab)
-            with self._autocast():
-                loss = self.model.loss(self._to_device(tokens)).double()
-            total += torch.stack((loss * len(rows), loss.new_tensor(len(rows))))
-        self.model.train()
-        mean = mean_over_data(total, world)
-        loss = float(mean[0] / mean[1])
+        """The validation loss, into `val_loss` (None: not finite); whether it is the best so far."""
+        loss = validation_loss(self.model, self.validation, self.config, self.world, vocab=self.vocab)
         finite = math.isfinite(loss)
         self.val_loss = loss if finite else None
         folder.log(step=self.step, split="val", loss=self.val_loss)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptnorm.config import Config
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import UserError
 from gptnorm.model import GPT, build_gpt
-from gptnorm.recipe import parse_overrides, to_tree
-from gptnorm.tables import flatten, merge
 from gptnorm.train.checkpoint import (
     STATE,
     checkpoint_at,
     latest_checkpoint,
     load_checkpoint,
     model_tensors,
+    read_state,
     verify_checkpoint,
 )
 from gptnorm.train.run_folder import RunFolder
-from gptnorm.typed import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +62,7 @@ def open_snapshot(folder: RunFolder, config: Config, step: int | None = None) ->
         raise UserError(f"{folder.path}: has no checkpoint; --step 0 takes its initialisation")
     verify_checkpoint(checkpoint)
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_state(checkpoint)
         return Snapshot(config=config, checkpoint=checkpoint, step=int(state["step"]), text=str(state["data"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{checkpoint / STATE}: not the state of a run") from None
-
-
-def run_config(config: Config, settings: Iterable[str], allowed: Sequence[str], reason: str) -> Config:
-    """A run's settings with some of them changed.
-
-    Args:
-        settings: `key=value` arguments.
-        allowed: keys and tables of keys that may be changed.
-        reason: why no other may be.
-
-    Raises:
-        UserError: another key, or a wrong value.
-    """
-    overrides = parse_overrides(settings)
-    for key, value in flatten(overrides).items():
-        if not any(key == one or key.startswith(f"{one}.") for one in allowed):
-            raise bad_value(key, value, f"{reason}; may be set: {', '.join(allowed)}")
-    tree = to_tree(config)
-    merge(tree, overrides)
-    return read_table(Config, tree)
