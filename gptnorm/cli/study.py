@@ -65,7 +65,7 @@ def quickstart(settings: tuple[str, ...]) -> None:
         ask(folder)
     except OtherStudy:
         ask(folder, fresh=True)
-    tell(folder)
+    print_study(folder)
 
 
 @click.group()
@@ -80,7 +80,7 @@ def grid(**asked: Any) -> None:
 
     RECIPE has a [study] table.
     """
-    climb(None, **asked)
+    run_ladder(None, **asked)
 
 
 @study.command()
@@ -90,7 +90,7 @@ def width(**asked: Any) -> None:
 
     RECIPE has a [study] table. Heads keep their width; the feed-forward's follows by the backbone's rule.
     """
-    climb("width", **asked)
+    run_ladder("width", **asked)
 
 
 @study.command()
@@ -100,7 +100,7 @@ def depth(**asked: Any) -> None:
 
     RECIPE has a [study] table.
     """
-    climb("depth", **asked)
+    run_ladder("depth", **asked)
 
 
 @study.command()
@@ -115,7 +115,7 @@ def tolerance(**asked: Any) -> None:
     from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.tolerance import Tolerance
 
-    search(Tolerance, ToleranceConfig, **asked)
+    run_search(Tolerance, ToleranceConfig, **asked)
 
 
 @study.command()
@@ -128,7 +128,7 @@ def scaling(**asked: Any) -> None:
     """
     from gptnorm.study.scaling import Scaling, ScalingConfig
 
-    search(Scaling, ScalingConfig, **asked)
+    run_search(Scaling, ScalingConfig, **asked)
 
 
 @study.command()
@@ -141,7 +141,7 @@ def show(folder: Path, markdown: bool) -> None:
     if markdown:
         click.echo(markdown_study(folder), nl=False)
     else:
-        tell(folder)
+        print_study(folder)
 
 
 @study.command()
@@ -156,11 +156,11 @@ def join(parts: tuple[Path, ...], folder: Path) -> None:
     from gptnorm.study.join import join_studies
 
     added = join_studies(parts, folder)
-    tell(folder)
+    print_study(folder)
     say(f"{plural(added, 'run')} added")
 
 
-def climb(
+def run_ladder(
     axis: Literal["depth", "width"] | None,
     *,
     recipe: str,
@@ -172,10 +172,10 @@ def climb(
     """Runs a ladder; None: a single grid."""
     from gptnorm.study.grid import Grid
 
-    run_and_tell(Grid(axis, which(part)), recipe, settings, folder, part, fresh)
+    run_and_print(Grid(axis, part_of(part)), recipe, settings, folder, part, fresh)
 
 
-def search(
+def run_search(
     kind: type[Tolerance],
     table: type[ToleranceConfig],
     *,
@@ -193,17 +193,17 @@ def search(
     from gptnorm.study.asked import as_settings
 
     asked = as_settings(table, load_recipe(recipe), settings, strategies=strategies, lrs=lrs, seeds=seeds)
-    run_and_tell(kind(part=which(part)), recipe, asked, folder, part, fresh)
+    run_and_print(kind(part=part_of(part)), recipe, asked, folder, part, fresh)
 
 
-def which(part: str | None) -> tuple[int, int]:
+def part_of(part: str | None) -> tuple[int, int]:
     """Which part of a study is to be run."""
     from gptnorm.study.join import parse_part
 
     return (1, 1) if part is None else parse_part(part)
 
 
-def run_and_tell(
+def run_and_print(
     kind: Kind, recipe: str, settings: tuple[str, ...], folder: Path | None, part: str | None, fresh: bool
 ) -> None:
     """Runs a study into the folder, by default one named after its kind, prints its tables and writes its report."""
@@ -212,10 +212,10 @@ def run_and_tell(
 
     whole = folder or Path("runs") / "-".join(kind.words)
     target = whole if part is None else part_folder(whole, kind.part)
-    tell(run_study(kind, recipe, settings, target, console, fresh=fresh))
+    print_study(run_study(kind, recipe, settings, target, console, fresh=fresh))
 
 
-def tell(folder: Path) -> None:
+def print_study(folder: Path) -> None:
     """Prints a study's tables and writes its report."""
     from gptnorm.report import rich_study
     from gptnorm.report.html import write_study_report
