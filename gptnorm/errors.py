@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_USER_ERROR = 2
 """Exit code of bad input: nothing was written or lost."""
 
@@ -23,3 +26,15 @@ class SharedError(UserError):
 def bad_value(key: str, value: object, allowed: str) -> UserError:
     """The error for `key = value` where only `allowed` would do."""
     return UserError(f"{key} = {value!r}: {allowed}")
+
+
+@contextlib.contextmanager
+def said_as(said: str, key: str) -> Iterator[None]:
+    """Has an error of `key` name what the person wrote instead of it."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if not message.startswith(key) or message[len(key) :][:1] not in (" ", ":"):
+            raise
+        raise type(error)(said + message[len(key) :]) from None

@@ -14,6 +14,7 @@ project's defaults. A preset stands for its sizes in the layer that names it.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -191,7 +192,12 @@ def _find_recipe(name: str) -> Path:
         with contextlib.suppress(OSError):
             if path.is_file():
                 return path
-    raise UserError(f"recipe {name!r}: no such file, and no such recipe; there are {', '.join(shipped_recipes())}")
+    if (own := Path(name) / "config.toml").is_file():
+        raise UserError(f"recipe {name!r}: is a run's folder; its settings are a recipe, too: {own}")
+    known = shipped_recipes()
+    close = difflib.get_close_matches(relative.removesuffix(".toml"), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+    raise UserError(f"recipe {name!r}: no such file, and no such recipe{hint}")
 
 
 def _read_toml(path: Path) -> Tree:

@@ -64,6 +64,8 @@ def _one_line(errors: list[ErrorDetails], cls: Any, table: dict[str, Any], key: 
     wants = dict.fromkeys(_want(e) for e in here)
     if any(e["type"] == "dataclass_type" for e in here):
         wants = {"must be a table": None}
+    if "must be a table" in wants and any(isinstance(part, int) for part in errors[0]["loc"]):
+        return bad_value(name, value, "must be a list of tables, such as [{KEY = 1}, {KEY = 2}]")
     if "must be a table" in wants:
         return bad_value(name, value, f"must be a table; write its keys as {name}.KEY")
     first, *others = wants

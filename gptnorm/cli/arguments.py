@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+
+class FolderName(click.Path):
+    """A folder, which "" is none: an unset variable of a shell would mean the current one."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("must not be empty; . is the current folder", param, ctx)
+        return super().convert(value, param, ctx)  # pyright: ignore[reportArgumentType]
+
+
+FOLDER_NAME = FolderName(path_type=Path)
 RECIPE = click.argument("recipe", metavar="RECIPE")
 RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 SETTINGS = click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from gptnorm.cli.arguments import RECIPE, SETTINGS
+from gptnorm.cli.arguments import FOLDER_NAME, RECIPE, SETTINGS
 from gptnorm.cli.output import console, say
+from gptnorm.errors import UserError
+from gptnorm.train.stop import SIGNALS
 
 if TYPE_CHECKING:
     from gptnorm.study.config import ToleranceConfig
@@ -33,7 +39,10 @@ def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 FOLDER = stacked(
     click.option(
-        "--dir", "folder", type=click.Path(path_type=Path), help="Study folder. A study that is there is added to."
+        "--dir",
+        "folder",
+        type=FOLDER_NAME,
+        help="Study folder, by default runs/study-KIND. A study that is there is added to.",
     ),
     click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside."),
     click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'."),
@@ -54,17 +63,18 @@ SEARCH = stacked(
 @click.command()
 @SETTINGS
 def quickstart(settings: tuple[str, ...]) -> None:
-    """Compare three strategies over learning rates, in minutes on a laptop."""
+    """Compare three strategies over learning rates, in minutes on a laptop; the report is in runs/quickstart."""
     from gptnorm.study.grid import Grid
     from gptnorm.study.ledger import OtherStudy
     from gptnorm.study.run import run_study
 
     folder = Path("runs/quickstart")
     ask = partial(run_study, Grid(), "quickstart", settings, console=console, command=())
-    try:
-        ask(folder)
-    except OtherStudy:
-        ask(folder, fresh=True)
+    with going_on():
+        try:
+            ask(folder)
+        except OtherStudy:
+            ask(folder, fresh=True)
     print_study(folder)
 
 
@@ -146,7 +156,7 @@ def show(folder: Path, markdown: bool) -> None:
 
 @study.command()
 @click.argument("parts", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the whole study.")
+@click.option("--dir", "folder", type=FOLDER_NAME, required=True, help="Folder of the whole study.")
 def join(parts: tuple[Path, ...], folder: Path) -> None:
     """Put studies together that were made in several folders, such as the parts of a job array.
 
@@ -212,7 +222,33 @@ def run_and_print(
 
     whole = folder or Path("runs") / "-".join(kind.words)
     target = whole if part is None else part_folder(whole, kind.part)
-    print_study(run_study(kind, recipe, settings, target, console, fresh=fresh))
+    with going_on():
+        made = run_study(kind, recipe, settings, target, console, fresh=fresh)
+    print_study(made)
+
+
+@contextlib.contextmanager
+def going_on() -> Iterator[None]:
+    """Says how a study goes on that Ctrl-C, SIGTERM or SIGHUP ends, and exits with 128 and the signal's number."""
+    heard: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    hears = [number for number in SIGNALS if main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in hears}
+    try:
+        yield
+    except KeyboardInterrupt:
+        number = heard[0] if heard else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        click.echo(f"gptnorm: {how}; runs that have ended are kept, and the same command goes on", err=True)
+        raise click.exceptions.Exit(128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_study(folder: Path) -> None:
@@ -220,6 +256,8 @@ def print_study(folder: Path) -> None:
     from gptnorm.report import rich_study
     from gptnorm.report.html import write_study_report
 
-    report = write_study_report(folder)
     console.print(rich_study(folder))
-    say(f"report: {report}")
+    try:
+        say(f"report: {write_study_report(folder)}")
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written ({error.strerror})") from None

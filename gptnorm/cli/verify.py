@@ -21,6 +21,8 @@ def verify(folders: tuple[Path, ...]) -> None:
     damage = []
     for folder in folders:
         try:
+            if not any((folder / name).exists() for name in ("config.toml", "manifest.json", "train.bin", "val.bin")):
+                raise UserError(f"{folder}: neither a run's folder nor one of shards")
             if not (folder / "config.toml").is_file():
                 names = Shards.open(folder).verify()
                 say(f"{folder}: sound ({', '.join(names)})" if names else f"{folder}: has no manifest to compare with")

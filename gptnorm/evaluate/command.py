@@ -17,7 +17,7 @@ from gptnorm.data.command import read_count
 from gptnorm.data.progress import Progress, Watcher, make_watcher
 from gptnorm.data.tokenizer import ByteTokenizer
 from gptnorm.environment import describe_environment
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import UserError, bad_value, said_as
 from gptnorm.evaluate.documents import limit
 from gptnorm.evaluate.numbers import Score
 from gptnorm.evaluate.score import Mode, Reach, Scorer
@@ -124,7 +124,7 @@ def run_eval(
         try:
             own = open_own(config, snapshot.text, texts, watcher)
             field = _value(settings, "data.text_field") or trained.data.text_field
-            opened = [open_text(name, config, own, field, watcher) for name in texts] or [own_text(config, own)]
+            opened = [_open(name, config, own, field, watcher) for name in texts] or [own_text(config, own)]
             scorer = Scorer(
                 window=window,
                 stride=stride,
@@ -145,6 +145,11 @@ def run_eval(
         finally:
             watcher.end()
     return Evaluation(run=run, trained=trained, step=snapshot.step, scorer=scorer, limit=most, rows=rows)
+
+
+def _open(name: str, config: Config, own: Own, field: str, watcher: Watcher) -> Text:
+    with said_as("--data", "data.path"):
+        return open_text(name, config, own, field, watcher)
 
 
 def print_evaluation(found: Evaluation, console: Console) -> None:

@@ -164,7 +164,10 @@ def _data(config: Config, gpus: int) -> int:
 
 def _does_not_fit(config: Config, vocab: int, gpus: int, memory: int, needed: int) -> UserError:
     room = usable(memory)
-    beyond = f"{amount(needed - room)} more than the {amount(max(room, 0))} usable"
+    if room <= 0:
+        allowed = f"leaves nothing for a model: {amount(memory - room)} of it go to CUDA and to fragmentation"
+        raise bad_value("--memory", amount(memory), allowed)
+    beyond = f"{amount(needed - room)} more than the {amount(room)} usable"
     says = f"one sequence per GPU needs {amount(needed)}, {beyond}"
     fitting = []
     for setting, other, number in _ways_out(config, gpus):

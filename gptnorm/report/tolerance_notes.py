@@ -72,7 +72,7 @@ def stability_note(study: ToleranceStudy) -> str:
         )
     if math.isfinite(study.stability.worse):
         rules.append(f"above its best rate, its validation loss is at most {study.stability.worse:g} times that there")
-    return f"Stable: {', '.join(rules[:-1])} and {rules[-1]}." if len(rules) > 1 else f"Stable: {rules[0]}."
+    return f"Stable: {'; '.join(rules)}."
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -96,7 +96,9 @@ def _loss(study: ToleranceStudy) -> str:
 
 
 def _best(study: ToleranceStudy) -> str:
-    within = f"neighbours were tried until they were within a factor {study.search.optimum:g}"
+    ends = any(track.end for place in study.places for track in place.tracks)
+    but = ", but where it is an end of what was tried" if ends else ""
+    within = f"neighbours were tried until they were within a factor {study.search.optimum:g}{but}"
     picked = f"that of the lowest loss on {seeds_text(study.pick)}"
     pooled = "that of the lowest mean loss over all seeds; a seed's own may be the next"
     if study.screening:

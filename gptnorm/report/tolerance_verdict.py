@@ -26,7 +26,7 @@ OTHER_SEEDS_YET = "Which strategy has the lowest loss cannot be told yet: the se
 def answer(study: ToleranceStudy) -> list[str]:
     """What the study says, most important sentence first."""
     if not any(track.best for place in study.places for track in place.own.values()):
-        what = "at no rate is any strategy stable" if study.places else "no run has ended"
+        what = f"at no rate is any strategy stable{_why_none(study)}" if study.places else "no run has ended"
         return [f"There is nothing to compare yet: {what}.", *(partial_notes(study) if study.places else [])]
     if len(study.places) == 1:
         (place,) = study.places
@@ -123,6 +123,19 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
     return found
 
 
+def _why_none(study: ToleranceStudy) -> str:
+    """Where every run has ended with a loss, but none well below the unigram entropy."""
+    ended = [trial for place in study.places for track in place.own.values() for trial in track.trials]
+    known = [place.entropy is not None for place in study.places]
+    losses = [trial.point.loss for trial in ended]
+    if not all(known) or any(loss is None for loss in losses):
+        return ""
+    return (
+        f"; every run ended, but none {study.stability.margin:g} nats or more below what token frequencies alone give: "
+        "train for more steps, or at other rates"
+    )
+
+
 def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     ranked = [place.own[name] for name in study.ranked(place.own) if name in place.own and place.own[name].loss]
     if not ranked:
@@ -133,6 +146,8 @@ def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     assert first.loss is not None
     assert first.best is not None
     flattered = ", on the seeds that picked it" if study.screening else ""
+    if study.crossing != "none":
+        flattered = ", each seed at the rate that all others pick"
     count = len(study.about.strategies)
     some = f", of the {len(ranked)} of {count} strategies that have one" if 1 < len(ranked) < count else ""
     head = f"at its own best rate{some}: {loss_text(first.loss.value)} nats at {lr_text(first.best.lr)}{flattered}"
@@ -251,7 +266,7 @@ def _lowest_of_many(study: ToleranceStudy) -> list[str]:
     many = len(study.places)
     told = [f"{name} at {count} of {many} places" for name, count in firsts.most_common()]
     flattered = ", on the seeds that picked the rates" if study.screening else ""
-    return [f"Lowest loss, each strategy at its own best rate{flattered}: {names_text(told)}."]
+    return [f"Lowest mean loss, by chance or not, each strategy at its own best rate{flattered}: {names_text(told)}."]
 
 
 def _ends_of_many(study: ToleranceStudy) -> list[str]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from gptnorm.config import OptionsConfig, Scalar
-from gptnorm.errors import bad_value
+from gptnorm.errors import UserError, bad_value
 from gptnorm.strategies.angpt import AnGPT
 from gptnorm.strategies.b2t import B2T
 from gptnorm.strategies.base import Strategy
@@ -57,6 +57,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 def find_strategy(name: str) -> type[Strategy]:
     """The class of a strategy; UserError if there is none of that name."""
+    if not name:
+        raise UserError(f"model.strategy: is missing; one of {', '.join(STRATEGIES)}")
     if name not in STRATEGIES:
         close = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

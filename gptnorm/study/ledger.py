@@ -55,6 +55,7 @@ class Ledger:
         """The line of each run that has ended, by the run's folder."""
 
     def __enter__(self) -> Ledger:
+        self._refuse_what_is_no_study()
         ancestors = (self.folder, *self.folder.parents)
         self._new = [folder for folder in ancestors if not folder.exists()]
         path = self.folder / "lock"
@@ -144,8 +145,17 @@ class Ledger:
             lines = read_cells(self.folder / "cells.jsonl")
             _end_the_last_line(self.folder / "cells.jsonl")
             self.done = {line["run"]: line for line in lines}
-        elif any(path.name not in self._beside and not left_half(path, "study.json") for path in self.folder.iterdir()):
-            raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
+        else:
+            self._refuse_what_is_no_study()
+
+    def _refuse_what_is_no_study(self) -> None:
+        """Looked at before the lock is taken, too, for that is made and removed: a study's own lock is empty."""
+        if not self.folder.is_dir() or (self.folder / "study.json").is_file():
+            return
+        for path in self.folder.iterdir():
+            own = path.name in self._beside or left_half(path, "study.json")
+            if not own or (path.name == "lock" and path.stat().st_size):
+                raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
 
     def _release(self) -> None:
         # Whoever waits for the lock looks whether its file is still there.
@@ -168,6 +178,12 @@ def facts_to_grow(folder: Path) -> Facts:
 def refuse_another(earlier: Facts, facts: Facts, folder: Path) -> None:
     """OtherStudy, with the first thing that differs, if runs of the two would not be comparable."""
     for key, before, now in differences(earlier, facts):
+        if key == "data.fingerprint" or key.startswith("the text "):
+            text = "its text" if key == "data.fingerprint" else key
+            raise OtherStudy(
+                f"--dir = {str(folder)!r}: {text} is not what it was when the study in it began; name another folder, "
+                "or have it moved aside with --fresh"
+            )
         raise OtherStudy(
             f"--dir = {str(folder)!r}: holds a study with {key} = {before!r}, not {now!r}; name another folder, or "
             "have it moved aside with --fresh"

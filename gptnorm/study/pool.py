@@ -27,6 +27,7 @@ from gptnorm.records import read_lines
 from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
 from gptnorm.study.workers import Workers
+from gptnorm.train.stop import SIGNALS
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
@@ -119,7 +120,7 @@ def run_cells(
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
+                process.kill()
             if isinstance(error, BrokenProcessPool):
                 fewer = f", with fewer runs at once by study.workers={workers.count // 2}" if workers.count > 1 else ""
                 raise UserError(
@@ -147,8 +148,9 @@ def _start_worker(queue: Any, started: Any, gpus: tuple[str, ...], threads: int 
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     if threads is not None:
         torch.set_num_threads(threads)
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, SIGTERM every process of a job; the parent ends its workers itself.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # A parent that is killed cannot end its workers, and they would train on unseen.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The parent prints; what a worker's libraries print would tear the display.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -161,7 +161,7 @@ class Line:
     strategy: str
     lr: PositiveFloat
     seed: Count
-    status: str
+    status: Literal["finished", "diverged"]
     val_loss: Number
     run: str
     seconds: Amount = None

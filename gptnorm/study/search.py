@@ -4,7 +4,8 @@ The curve of one strategy over the rates tried so far is asked again and again:
 
 1. every rate of the grid is tried;
 2. while the best stands at an end of what was tried, or nothing has diverged above it, the next rate outwards is tried,
-   a factor on that the grid's outermost two differ by;
+   a factor on that the grid's outermost two differ by; where no rate is stable that is downwards, but upwards where the
+   loss falls from each rate to the next, for these may have been too small to learn anything;
 3. while the best stands between others, but the next ones are more than a factor `optimum` away, the rates midway are
    tried;
 4. while the largest stable rate and the first unstable one above it are further apart than a factor `edge`, the rate
@@ -15,6 +16,7 @@ Midway is $\sqrt{\eta_1 \eta_2}$, rounded to three digits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -67,7 +69,7 @@ def next_rates(
     best, edge = best_point(tried), edge_of(tried)
     wanted: list[float] = []
     if best is None or edge is None:
-        return _beyond(known, grid, search, downwards=True)
+        return _beyond(known, grid, search, downwards=not _falls(tried))
     if best.lr == known[0] and seek != "edge":
         wanted += _beyond(known, grid, search, downwards=True)
     if edge.unstable is None and (seek != "optimum" or best.lr == known[-1]):
@@ -107,6 +109,12 @@ def _beyond(known: list[float], grid: Sequence[float], search: Search, *, downwa
         return []
     steps = math.log(lr / end) / math.log(factor)
     return [lr] if steps < search.reach + 0.5 else []
+
+
+def _falls(curve: Sequence[Point]) -> bool:
+    """Whether every rate has a loss, and that of a higher rate is lower."""
+    losses = [point.loss for point in curve if point.loss is not None]
+    return len(losses) == len(curve) > 1 and all(after < before for before, after in itertools.pairwise(losses))
 
 
 def _midway(a: float, b: float) -> float:

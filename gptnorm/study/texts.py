@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptnorm.data import Shards, prepare
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import UserError, bad_value, said_as
 from gptnorm.train.inputs import check_vocab, refuse_unknown_ids
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ def prepare_texts(cells: Sequence[Cell]) -> dict[str, Shards]:
         UserError: a text is no good, or has other tokens than a model that is evaluated on it.
     """
     wanted = {name: replace(cell.config.data, path=name) for cell in cells for name in cell.evaluated}
-    wanted |= {cell.text: cell.config.data for cell in cells}
+    own = {cell.text: cell.config.data for cell in cells}
+    wanted |= own
     texts: dict[str, Shards] = {}
     for name, data in wanted.items():
-        with naming(name, wanted):
+        with naming(name, wanted), said_as("data.path" if name in own else "study.evaluate", "data.path"):
             texts[name] = prepare(data)
     for own, name in dict.fromkeys((cell.text, name) for cell in cells for name in cell.evaluated):
         _check_tokens(own, name, texts)

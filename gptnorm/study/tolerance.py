@@ -6,12 +6,13 @@ Which runs it makes is `gptnorm.study.planner`'s, what is read off them `gptnorm
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gptnorm.config import Config
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import UserError, bad_value, said_as
 from gptnorm.recipe import Recipe
 from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides, as_pairs, hashable
 from gptnorm.study.config import (
@@ -177,7 +178,10 @@ class TolerancePlan:
         """The strategy at a place, as it comes and with every other combination of what is tuned."""
         follows = self._follows(strategy, place)
         at_place = [*self._shared, *as_overrides(dict((*follows, *place)))]
-        own = self._recipe.resolve(at_place, strategy=strategy)
+        with contextlib.ExitStack() as said:
+            for key, _ in place:
+                said.enter_context(said_as(f"{self.study.where}.{key}", key))
+            own = self._recipe.resolve(at_place, strategy=strategy)
         others = [self._other(own, combination, at_place, strategy) for combination in combinations(self._tune)]
         variants: list[Pairs] = list(dict.fromkeys([(), *others]))
         setups = (Setup(place=place, variant=variant, follows=follows) for variant in variants)
@@ -185,11 +189,12 @@ class TolerancePlan:
 
     def _other(self, own: Config, combination: Pairs, at_place: list[str], strategy: str) -> Pairs:
         """Of a combination, the settings that are other than the strategy has them anyway."""
-        return tuple(
-            (key, value)
-            for key, value in combination
-            if self._recipe.resolve([*at_place, *as_overrides({key: value})], strategy=strategy) != own
-        )
+        found = []
+        for key, value in combination:
+            with said_as(f"study.tune.{key}", key):
+                if self._recipe.resolve([*at_place, *as_overrides({key: value})], strategy=strategy) != own:
+                    found.append((key, value))
+        return tuple(found)
 
     def _follows(self, strategy: str, place: Pairs) -> Pairs:
         width, key = dict(place).get("model.d_model"), f"{self.study.where}.model.d_model"

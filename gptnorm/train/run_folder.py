@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
-from gptnorm.files import write_atomic
+from gptnorm.files import left_half, write_atomic
 from gptnorm.recipe import dump_toml, read_config
 from gptnorm.train.checkpoint import set_aside_beyond
 from gptnorm.train.lock import FolderLock
@@ -63,11 +63,13 @@ class RunFolder:
         """Makes the folder of a new run and takes its lock.
 
         Raises:
-            UserError: the folder holds a run, or cannot be made.
+            UserError: the folder holds a run or something else, or cannot be made.
         """
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if not (path / "config.toml").exists() and any(map(_is_foreign, path.iterdir())):
+                raise bad_value("run.dir", str(path), "holds something else than a run; name another folder")
             self._lock.acquire()
             if (path / "config.toml").exists():
                 self._lock.release()
@@ -110,7 +112,15 @@ class RunFolder:
         self._lock.acquire()
 
     def config(self) -> Config:
-        return read_config(self.path / "config.toml")
+        """The resolved settings; UserError where they are not what a run writes."""
+        path = self.path / "config.toml"
+        try:
+            config = read_config(path)
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        if not config.model.strategy:
+            raise UserError(f"{path}: names no model.strategy, so it is not what a run writes")
+        return config
 
     def log(self, **fields: Any) -> None:
         """Appends a line to metrics.jsonl."""
@@ -196,6 +206,14 @@ class RunFolder:
         lines, self._lines = self._lines, None
         if lines is not None:
             lines.close()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is none of what a run leaves that was killed while it made its folder."""
+    if path.name == "metrics.jsonl":
+        return path.stat().st_size > 0
+    own = ("lock", "environment.json")
+    return path.name not in own and not any(left_half(path, name) for name in (*own, "config.toml"))
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

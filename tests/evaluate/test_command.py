@@ -105,7 +105,7 @@ def shards_of(place: Path, run: str) -> Shards:
         ("corpus.jsonl", ["not a run folder"]),
         ("a" * 300, ["not a run folder"]),
         ("run --step 9", ["--step", "2, 3"]),
-        ("run --data nosuch", ["nosuch", "no such file"]),
+        ("run --data nosuch", ["gptnorm: --data = 'nosuch': no such file"]),
         ("run --data=", ["--data"]),
         ("run --data " + "a" * 300, ["--data"]),
         ("run --data empty.txt", ["--data = 'empty.txt'", "no text"]),

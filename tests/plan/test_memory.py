@@ -110,15 +110,21 @@ def _memory_for(config: Config, gpus: int, sequences: int) -> int:
     return int((MemoryModel(config, 64, gpus).use(sequences).total + 2**30) / 0.95) + 4
 
 
+SMALL = int((2**30 + 2**14) / 0.95)
+"""A GPU that has 16 KiB for a model."""
+
+
 def test_what_would_make_it_fit() -> None:
     tight = _memory_for(config("train.recompute=full"), 1, 1)
     with pytest.raises(UserError, match=r"more than .* usable; it would fit with train\.recompute=full \("):
         make_plan(config("train.batch_size=1"), gpus=1, memory=tight, mfu=0.5, peak=1e12)
     with pytest.raises(UserError, match="take a smaller model"):
+        make_plan(config("train.batch_size=1"), gpus=1, memory=SMALL, mfu=0.5, peak=1e12)
+    with pytest.raises(UserError, match=r"leaves nothing for a model: 1\.05 GiB of it go to CUDA"):
         make_plan(config("train.batch_size=1"), gpus=1, memory=2**30, mfu=0.5, peak=1e12)
     # Tensor parallelism is no way out here.
     with pytest.raises(UserError, match="take a smaller model"):
-        make_plan(config("train.batch_size=2", "train.precision=fp8"), gpus=2, memory=2**30, mfu=0.5, peak=1e12)
+        make_plan(config("train.batch_size=2", "train.precision=fp8"), gpus=2, memory=SMALL, mfu=0.5, peak=1e12)
 
 
 def test_fp8_is_planned_as_it_is_computed() -> None:

@@ -44,7 +44,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
         ("laptop/simplenorm --gpus 3 --memory 8GiB", "train.batch_size"),
         ("laptop/simplenorm --gpus 1 --memory 8GiB data.tokenizer=x.json", "model.vocab_size"),
         ("laptop/simplenorm --gpus 1 --memory 8GiB model.d_model=2000000000", "model.d_model"),
-        ("laptop/simplenorm --gpus 1 --memory 1GiB train.batch_size=1 train.recompute=full", "MiB usable"),
+        ("laptop/simplenorm --gpus 1 --memory 1.053GiB train.batch_size=1 train.recompute=full", "iB usable"),
         ("laptop/simplenorm --gpus 1 --memory 8GiB --json nosuch/x.json", "--json"),
     ],
 )

@@ -205,6 +205,15 @@ def test_means_over_other_seeds_are_not_ranked(tmp_path: Path, places: int) -> N
     assert "ours" in answer(study)[0]
 
 
+def test_runs_that_learned_too_little_are_no_failures_of_the_rate(tmp_path: Path) -> None:
+    lines = [line("a", lr, 0, loss) for lr, loss in ((1e-3, 5.9), (1e-2, 4.9), (1e-1, 3.4))]
+    study = load_tolerance(make_tolerance(tmp_path / "short", lines, lrs=(1e-3, 1e-2), seeds=[]))
+    assert "none 0.1 nats or more below what token frequencies alone give: train for more steps" in answer(study)[0]
+    lines.append(line("a", 3e-1, 0, None))
+    study = load_tolerance(make_tolerance(tmp_path / "failed", lines, lrs=(1e-3, 1e-2), seeds=[]))
+    assert "more steps" not in answer(study)[0]
+
+
 def test_answer_says_what_can_be_told(tmp_path: Path) -> None:
     study = load_tolerance(make_tolerance(tmp_path / "known", known_lines(), lrs=RATES))
     first, second, third = answer(study)

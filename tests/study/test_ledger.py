@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 from study_folders import SMALL, everything, lines, outcomes
 
+from gptnorm.data import prepare
 from gptnorm.errors import UserError
 from gptnorm.lock import locked
-from gptnorm.recipe import HOW
+from gptnorm.recipe import HOW, load_recipe
 from gptnorm.report import load_study
 from gptnorm.study import run
 from gptnorm.study.grid import Grid
@@ -27,6 +28,8 @@ from gptnorm.study.join import join_studies
 from gptnorm.study.ledger import Ledger, OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
+from gptnorm.train.loop import start_run
+from gptnorm.train.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -116,8 +119,27 @@ def test_other_text_is_another_study(study, tmp_path):
     text.write_text("".join(f"Line {i} of some text.\n" for i in range(2000)))
     folder = ask(study, tmp_path / "out", *settings)
     text.write_text("".join(f"Line {i} of other text.\n" for i in range(2000)))
-    with pytest.raises(OtherStudy, match=r"data\.fingerprint"):
+    with pytest.raises(OtherStudy, match="its text is not what it was when the study in it began"):
         ask(study, folder, *settings)
+
+
+@pytest.mark.parametrize("what", ["notes", "a lock alone", "a run"])
+def test_what_is_no_study_is_left_as_it_is(study, tmp_path, what):
+    folder = tmp_path / "mine"
+    if what == "a run":
+        start_run(
+            load_recipe(str(study)).resolve(SMALL), prepare(load_recipe(str(study)).resolve().data), folder, Silent()
+        )
+    else:
+        folder.mkdir()
+        (folder / "lock").write_text("precious")
+        if what == "notes":
+            (folder / "a.txt").write_text("hi")
+    before = everything(folder)
+    assert Path("lock") in before
+    with pytest.raises(UserError, match="holds something else than a study"):
+        ask(study, folder)
+    assert everything(folder) == before
 
 
 def test_own_files_may_lie_elsewhere(study, tmp_path):

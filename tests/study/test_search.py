@@ -80,6 +80,20 @@ def test_it_reaches_only_so_far():
     assert [p.lr for p in nothing] == [pytest.approx(1e-3 / 9, rel=0.01), pytest.approx(1e-3 / 3, rel=0.01), *GRID]
 
 
+def test_where_nothing_is_stable_it_goes_where_the_loss_falls():
+    """Of rates that are all too small the loss falls to the last one; elsewhere rates are taken for too large."""
+
+    def tried(*losses):
+        return [Point(1e-3 * 10**k, loss, False) for k, loss in enumerate(losses)]
+
+    grid, search = (1e-3, 1e-2), Search(reach=2)
+    assert next_rates(tried(5.0, 4.0), grid, search) == [1e-1]
+    assert next_rates(tried(5.0, 4.0, 3.5, 3.2), grid, search) == [], "as far as it may"
+    assert next_rates(tried(5.0, 4.0, 4.5), grid, search) == [1e-4]
+    assert next_rates(tried(4.0, 5.0), grid, search) == [1e-4]
+    assert next_rates(tried(4.0, None), grid, search) == [1e-4]
+
+
 def test_nothing_lies_beyond_the_numbers_of_the_machine():
     nothing, _ = search(lambda lr: Point(lr, None, False), grid=(1e-170, 1.0), settings=Search(reach=2))
     assert [p.lr for p in nothing] == [1e-170, 1.0]

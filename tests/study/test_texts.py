@@ -225,7 +225,7 @@ def test_parts_and_a_text_that_has_changed(study, text, other, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (['study.evaluate=["nowhere.txt"]'], "'nowhere.txt'"),
+        (['study.evaluate=["nowhere.txt"]'], "study.evaluate = 'nowhere.txt': no such file or folder"),
         (['study.evaluate=[""]'], "study.evaluate"),
         (['study.evaluate=["a","a"]'], "study.evaluate = ['a', 'a']: must not repeat an entry"),
         (["study.evaluate=3"], "study.evaluate"),
@@ -235,7 +235,7 @@ def test_parts_and_a_text_that_has_changed(study, text, other, tmp_path):
         (["study.map.data.val_fraction=[0.1]"], "study.map.data.val_fraction"),
         (['study.map.data.path=["deep/other.txt"]', "data.path=sotu"],
          "data.path: the study sets it itself; see study.map"),
-        (['study.map.data.path=["nowhere.txt"]'], "nowhere.txt"),
+        (['study.map.data.path=["nowhere.txt"]'], "data.path = 'nowhere.txt': no such file or folder"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_made(study, other, tmp_path, settings, words):

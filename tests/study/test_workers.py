@@ -94,15 +94,29 @@ def test_a_killed_worker_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="looks processes up in /proc")
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_workers_end_with_their_parent(tmp_path: Path, sign: signal.Signals) -> None:
     with two_cells(tmp_path) as (process, workers):
         process.send_signal(sign)
         _, err = process.communicate(timeout=120)
         assert wait_for(lambda: not any(map(alive, workers)), 60), "workers went on without their parent"
-    if sign == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.strip() == "gptnorm: interrupted"
+    if sign != signal.SIGKILL:
+        how = "interrupted" if sign == signal.SIGINT else "stopped by SIGTERM"
+        assert process.returncode == 128 + sign
+        assert err.strip() == f"gptnorm: {how}; runs that have ended are kept, and the same command goes on"
+        assert not (tmp_path / "runs/quickstart/lock").exists()
+
+
+@pytest.mark.skipif(not PROC.is_dir(), reason="looks processes up in /proc")
+def test_a_signal_to_all_processes_of_a_job_is_none_of_a_killed_worker(tmp_path: Path) -> None:
+    with two_cells(tmp_path) as (process, workers):
+        for pid in (*workers, process.pid):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.5)
+        _, err = process.communicate(timeout=120)
+        assert wait_for(lambda: not any(map(alive, workers)), 60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM" in err
 
 
 def test_a_run_is_kept_though_nobody_reads_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,3 +108,38 @@ def test_another_layout_takes_back_the_old_one(recipe):
     assert adjusted(config, ["parallel.tensor=1", "parallel.data=2"]).parallel.data == 2
     with pytest.raises(UserError, match=r"parallel\.tensor = 0"):
         adjusted(config, ["parallel.tensor=0"])
+
+
+@pytest.mark.parametrize("name", ["study.json", "notes.txt", "metrics.jsonl", "report.html"])
+def test_what_is_no_run_is_left_as_it_is(recipe, tmp_path, name):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("precious")
+    config = load_recipe(str(recipe)).resolve([f"run.dir={folder}"])
+    with pytest.raises(UserError, match="holds something else than a run"):
+        RunFolder(folder).begin(config, {})
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "precious"}
+
+
+def test_what_a_kill_left_of_a_run_that_had_not_begun_is_no_hindrance(recipe, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("lock", "environment.json", ".config.toml.ab12"):
+        (folder / name).write_text("{}")
+    (folder / "metrics.jsonl").touch()
+    run = RunFolder(folder)
+    run.begin(load_recipe(str(recipe)).resolve(), {})
+    run.close()
+    assert (folder / "config.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "names no model.strategy"), ("[model", "not a TOML file"), ("[optim]\nlr = 'a'", "optim.lr = 'a'")],
+)
+def test_a_damaged_config_is_named(tmp_path, text, words):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(tmp_path).config()
+    assert str(caught.value).startswith(f"{tmp_path / 'config.toml'}: ")
+    assert words in str(caught.value)
