@@ -27,7 +27,7 @@ from gptnorm.study.measures import Estimate, geometric_mean, mean_of
 RATES = {
     "prenorm": "1e-2",
     "prenorm_qknorm": "1e-2",
-    "simplenorm": "1.73e-2",
+    "simplenorm": "1e-2",
     "spannorm": "1e-2",
     "angpt": "5.48e-2",
 }
