@@ -40,7 +40,7 @@ class SimpleNorm(Normed):
         "(activation), o and 2 (the stream) stay, and so do the norms",
         claims="3-10 times larger stable learning rates; 7B at 60K steps: training loss 2.208 against 2.290 "
         "for PreNorm + QK-norm; about 3 % more time per step",
-        published_with="GPT-2 (1.4B), Llama 2 (1B, 7B) and Llama 3 (8B), dense; experts are mentioned, without a form",
+        published_with="GPT-2 (1.4B), Llama 2 (1B, 7B) and Llama 3 (8B), dense; whether with experts is not known here",
         ours="on GPT-2 the placement (q, k, v apart, both feed-forward maps) is our reading of figure 1. With experts "
         "each map of each expert has a norm with a gain of its own, and the router is plain (normed with "
         "moe.router_norm)",
