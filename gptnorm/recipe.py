@@ -76,9 +76,9 @@ class Recipe:
         tree: Tree = {}
         for key, value in find_strategy(strategy).recipe_defaults.items():
             merge(tree, nest(key, value))
-        owner = None
+        # A file that names no strategy speaks for the one of the file below it, or, at the bottom, for the first above.
+        owner = next((name for layer in self.layers if (name := _get(layer.tree, "model", "strategy"))), None)
         for layer in layers:
-            # A file that names no strategy speaks for the one that the file below it named.
             owner = _get(layer.tree, "model", "strategy") or owner
             shared = layer.tree if owner in (None, strategy) else _without(layer.tree, "strategy")
             for part in (shared, layer.own if owner == strategy else {}):
@@ -103,7 +103,9 @@ def load_recipe(name: str) -> Recipe:
         seen.append(following.resolve())
         tree = _read_toml(following)
         below = _pop_table(tree, "study")
-        merge(below, study)
+        # These two stand for the places and settings of a study as a whole, to which a key more would add.
+        merge(below, {key: value for key, value in study.items() if key not in ("map", "tune")})
+        below.update({key: study[key] for key in ("map", "tune") if key in study})
         study = below
         extends = tree.pop("extends", None)
         layers.insert(0, Layer(tree=tree, own=_pop_table(tree, "own")))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
+import click
 import pytest
 
 from gptnorm import cli
+from gptnorm.cli.study import going_on
 
 RECIPE = """
 model = {{strategy = "prenorm", d_model = 16, n_layers = 1, n_heads = 2, d_ff = 32}}
@@ -247,3 +250,21 @@ def test_output_into_head(place):
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
+
+
+def test_a_second_signal_does_not_keep_a_study_from_ending_its_workers():
+    ended = []
+
+    def study():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            ended.append("workers")
+
+    with pytest.raises(click.exceptions.Exit) as caught, going_on():
+        study()
+    assert ended == ["workers"]
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

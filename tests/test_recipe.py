@@ -47,11 +47,26 @@ def test_each_file_speaks_for_the_strategy_that_it_names(tmp_path):
     assert recipe.resolve(strategy="prenorm").strategy == {}
 
 
+def test_a_base_without_a_strategy_speaks_for_the_first_above_it(tmp_path):
+    write(tmp_path, "base.toml", "[strategy]\nalpha_attn=0.7\n[own.optim]\nlr=0.1\n")
+    recipe = load_recipe(write(tmp_path, "top.toml", 'extends="base.toml"\n[model]\nstrategy="dyt"\n'))
+    assert (recipe.resolve().strategy, recipe.resolve().optim.lr) == ({"alpha_attn": 0.7}, 0.1)
+    assert recipe.resolve(strategy="prenorm").strategy == {}
+    alone = load_recipe(write(tmp_path, "alone.toml", "[strategy]\nalpha_attn=0.7\n"))
+    assert alone.resolve(strategy="dyt").strategy == {"alpha_attn": 0.7}
+
+
 def test_a_study_s_table_is_merged_key_by_key_as_every_other(tmp_path):
     write(tmp_path, "a.toml", "[study]\ntitle = 'a'\nlrs = [1.0]\n[study.search]\nreach = 9\noptimum = 3.0\n")
     top = write(tmp_path, "b.toml", 'extends="a.toml"\n[study]\nlrs = [2.0]\n[study.search]\nedge = 1.3\n')
     expected = {"title": "a", "lrs": [2.0], "search": {"reach": 9, "optimum": 3.0, "edge": 1.3}}
     assert load_recipe(top).study == expected
+
+
+def test_places_and_tuned_settings_of_a_study_are_replaced_as_a_whole(tmp_path):
+    write(tmp_path, "a.toml", "[study.map]\noptim.warmup = [0.1, 0.3]\n[study.tune]\ninit.std = [0.02]\n")
+    top = write(tmp_path, "b.toml", 'extends="a.toml"\n[study.map]\nmodel.n_layers = [2, 4]\n[study.tune]\n')
+    assert load_recipe(top).study == {"map": {"model": {"n_layers": [2, 4]}}, "tune": {}}
 
 
 def test_own_settings_lose_to_the_command_line(tmp_path):

@@ -234,7 +234,8 @@ def going_on() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         heard.append(number)
-        raise KeyboardInterrupt
+        if len(heard) == 1:  # what comes while workers are being ended must not keep that from being done
+            raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
     hears = [number for number in SIGNALS if main and signal.getsignal(number) is not signal.SIG_IGN]

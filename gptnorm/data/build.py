@@ -398,7 +398,8 @@ def _refuse_empty_split(target: Target, config: DataConfig, tally: Tally) -> Non
             if not total:
                 raise bad_value("data.path", config.path, "holds no text")
             # With three of them in the split on the mean, one in twenty texts has none.
-            enough = f" to {min(0.5, math.ceil(300 / total) / 100):g}" if split == "val" and total > 1 else ""
+            needed = min(0.5, math.ceil(300 / total) / 100) if total > 1 else 0.0
+            enough = f" to {needed:g}" if split == "val" and needed > config.val_fraction else ""
             what = f"documents, or pieces where a text of few is cut, none fell into the {split} split"
             allowed = f"of {total} {what}; {change} it{enough}, or give more text"
             raise bad_value("data.val_fraction", config.val_fraction, allowed)

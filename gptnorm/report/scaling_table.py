@@ -83,7 +83,8 @@ def scaling_words() -> dict[str, str]:
         LOSS_LAW: "Frontier: each model and text at its best batch, of these the places that no cheaper one matches, "
         "all picked on the picking seeds. The law has no irreducible loss and says nothing beyond these places.",
         SAVING.split("{", maxsplit=1)[0]: "Compute saved: the compute of a place over what takes us to the same loss "
-        "along our frontier; between places the loss is a line in ln(compute), beyond them only a bound is known.",
+        "along our frontier; between places the loss is a line in ln(compute), beyond them a bound is known, from "
+        "five seeds on.",
         "est rate against size": "Best rate, best batch: vertex of the parabola through the lowest loss and its two "
         "neighbours, against the logarithm, seed by seed; without an interval where reported seeds trained at one rate "
         "alone, so that it is the picking seeds'. A seed looks from there on, so an interval holds no error of the "
@@ -95,7 +96,7 @@ def scaling_words() -> dict[str, str]:
         "critical batch": f"Critical batch: going up from the best batch of the picking seeds (1; where it is the "
         f"smallest tried, a smaller one may do better, and the critical one be smaller), the tokens per step "
         f"from which on more than {MOST:g} times the text takes to its loss. Text by batch: at the best rate of each, "
-        "between amounts of text the loss is a line in ln(tokens), beyond them only a bound is known.",
+        "between amounts of text the loss is a line in ln(tokens), beyond them a bound is known, from five seeds on.",
         "FLOPs": "FLOPs: of a whole run, forward and backward, matrix products and attention.",
     }
 

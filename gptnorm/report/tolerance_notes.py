@@ -193,7 +193,7 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "step, uncompiled and with the CPU's kernels.",
         "chosen setting": _tuning(study),
         SPEED_UP.format(base): f"Speed-up at T steps: T over the steps of the full schedule that reaches {base}'s loss "
-        "at T; between budgets the loss is a line in ln(steps), beyond them only a bound is known.",
+        "at T; between budgets the loss is a line in ln(steps), beyond them a bound is known, from five seeds on.",
         ON_EACH: "On each text: mean loss over at most as many validation windows as of the own text, of the model as "
         "it was trained on the own.",
         EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "

@@ -108,8 +108,8 @@ def _scaling(study: ToleranceStudy) -> list[Markup]:
     sections = [page.section("Loss against compute", drawn)] if drawn else []
     if panels:
         note = (
-            "At the best batch of each. Whiskers: 95 % intervals over the reported seeds; none where one of them has "
-            "no optimum, and the picking seeds' rate is drawn. One scale for all."
+            "At the best batch of each. Whiskers: 95 % intervals over the reported seeds; none of a single one, and "
+            "none where one has no optimum: there the picking seeds' rate is drawn. One scale for all."
         )
         content = [tag("div", panels, class_="panels"), tag("p", note, class_="notes")]
         sections.append(page.section("Best rate against size and text", content))

@@ -69,7 +69,7 @@ def overview_grids(study: ToleranceStudy) -> list[Grid]:
     if study.tune:
         title = f"Loss minus {base}'s, with {', '.join(study.tune)} tuned for both"
         found.append(_over_places(study, title, [place.pairs(tuned=True) for place in study.places], _difference))
-    if study.follows_rates and any(pair.edge_ratio for at_place in pairs for pair in at_place.values()):
+    if study.follows_rates and any(_edge_ratio(pair) != MISSING for at_place in pairs for pair in at_place.values()):
         title = f"Largest stable rate over {base}'s"
         found.append(_over_places(study, title, pairs, _edge_ratio))
     return [*found, _places(study)]
@@ -191,7 +191,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
             f"loss minus {base}'s, as they come": lambda name: _difference(pairs.get(name)),
             "both tuned": lambda name: _difference(both.get(name)),
         }
-        if study.follows_rates and any(pair.edge_ratio for pair in (*pairs.values(), *both.values())):
+        if study.follows_rates and any(_edge_ratio(pair) != MISSING for pair in (*pairs.values(), *both.values())):
             columns[f"largest stable rate over {base}'s, as they come"] = lambda name: _edge_ratio(pairs.get(name))
             columns["both tuned "] = lambda name: _edge_ratio(both.get(name))
         rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)

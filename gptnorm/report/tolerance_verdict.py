@@ -5,6 +5,7 @@ Every sentence is computed from the data and plain text; whoever shows it escape
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from gptnorm.report.scaling_table import scaling_answer
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import partial_notes, seeds_text, shortlist_text
 from gptnorm.report.track import End, Track
-from gptnorm.study.measures import Estimate
+from gptnorm.study.measures import FEWEST_BOUNDED, Estimate
 
 MOST_NAMED = 4
 """Strategies that a sentence lists one by one."""
@@ -124,15 +125,20 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
 
 
 def _why_none(study: ToleranceStudy) -> str:
-    """Where every run has ended with a loss, but none well below the unigram entropy."""
-    ended = [trial for place in study.places for track in place.own.values() for trial in track.trials]
-    known = [place.entropy is not None for place in study.places]
-    losses = [trial.point.loss for trial in ended]
-    if not all(known) or any(loss is None for loss in losses):
+    """Where every run has ended with a finite loss, and none well below the unigram entropy: nothing was learned."""
+    losses = [
+        (trial.point.loss, place.entropy)
+        for place in study.places
+        for track in place.own.values()
+        for trial in track.trials
+    ]
+    margin = study.stability.margin
+    learned = any(loss is None or entropy is None or loss <= entropy - margin for loss, entropy in losses)
+    if learned or study.unfinished or not math.isfinite(margin):
         return ""
     return (
-        f"; every run ended, but none {study.stability.margin:g} nats or more below what token frequencies alone give: "
-        "train for more steps, or at other rates"
+        f"; every run ended, but none {margin:g} nats or more below what token frequencies alone give: train for more "
+        "steps, or at other rates"
     )
 
 
@@ -146,7 +152,7 @@ def _lowest(study: ToleranceStudy, place: Place) -> list[str]:
     assert first.loss is not None
     assert first.best is not None
     flattered = ", on the seeds that picked it" if study.screening else ""
-    if study.crossing != "none":
+    if first.crossed:
         flattered = ", each seed at the rate that all others pick"
     count = len(study.about.strategies)
     some = f", of the {len(ranked)} of {count} strategies that have one" if 1 < len(ranked) < count else ""
@@ -203,9 +209,16 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
         theirs = place.own.get(study.baseline)
         if theirs is not None and theirs.edge is not None and theirs.edge.at_least:
             why = f": {study.baseline} did not fail on every seed up to the highest rate tried"
+        elif len(study.seeds) < FEWEST_BOUNDED and any(_is_bound(pairs[name]) for name in unsure):
+            why = f": with fewer than {FEWEST_BOUNDED} seeds not where one did not fail at any rate tried"
         verb = "tolerates" if len(unsure) == 1 else "tolerate"
         sentences.append(f"Whether {who} {verb} more or less than {study.baseline} cannot be told{why}.")
     return sentences
+
+
+def _is_bound(pair: Pair) -> bool:
+    """Whether our edge is only known to be larger than what was tried."""
+    return pair.ours.edge is not None and pair.ours.edge.at_least
 
 
 def _tuned(study: ToleranceStudy, place: Place) -> list[str]:

@@ -154,7 +154,10 @@ class Ledger:
             return
         for path in self.folder.iterdir():
             own = path.name in self._beside or left_half(path, "study.json")
-            if not own or (path.name == "lock" and path.stat().st_size):
+            if path.name == "lock":
+                with contextlib.suppress(FileNotFoundError):  # let go of just now
+                    own = path.stat().st_size == 0
+            if not own and not (self.folder / "study.json").is_file():
                 raise bad_value("--dir", str(self.folder), "holds something else than a study; name another folder")
 
     def _release(self) -> None:

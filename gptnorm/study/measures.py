@@ -9,7 +9,7 @@ A *curve* is one strategy with one seed, its points in ascending order of the ra
 | edge | going up from the best, the last rate before the first unstable one, η_max | ours |
 | reach | going up from the best, the rate up to which ℓ(η) ≤ a level | ours |
 | kept | going up from a rate, that up to which the mean over seeds of ℓ_s(η) - level_s is ≤ 0 | ours |
-| sensitivity | $\frac{1}{\ln(b/a)} \int_a^b \min(\ell(\eta), \ell_0) - \ell^*\; d\ln\eta$ | arXiv 2309.14322 |
+| sensitivity | $\frac{1}{\ln(b/a)} \int_a^b \max(0, \min(\ell(\eta), \ell_0) - \ell^*)\; d\ln\eta$ | arXiv 2309.14322 |
 
 Between two points the loss is a straight line in ln η. Lower rates may be unstable, too: a run that is too slow to
 learn more than token frequencies counts as such. So edges are looked for upwards from the best, and an island of

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
-from gptnorm.files import left_half, write_atomic
+from gptnorm.files import write_atomic
 from gptnorm.recipe import dump_toml, read_config
 from gptnorm.train.checkpoint import set_aside_beyond
 from gptnorm.train.lock import FolderLock
@@ -68,7 +68,7 @@ class RunFolder:
         path = self.path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / "config.toml").exists() and any(map(_is_foreign, path.iterdir())):
+            if any(map(_is_foreign, path.iterdir())) and not (path / "config.toml").exists():
                 raise bad_value("run.dir", str(path), "holds something else than a run; name another folder")
             self._lock.acquire()
             if (path / "config.toml").exists():
@@ -209,11 +209,14 @@ class RunFolder:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether it is none of what a run leaves that was killed while it made its folder."""
+    """Whether a run would write over it, or into the midst of it.
+
+    Not what is left of a run that was killed while it made its folder, nor what a run has no use for (a job's log).
+    """
     if path.name == "metrics.jsonl":
         return path.stat().st_size > 0
-    own = ("lock", "environment.json")
-    return path.name not in own and not any(left_half(path, name) for name in (*own, "config.toml"))
+    theirs = ("watch.jsonl", "status.json", "checkpoints", "tensorboard", "report.html")
+    return path.name in theirs or path.name in ("study.json", "cells.jsonl", "cells")
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

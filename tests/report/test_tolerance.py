@@ -206,12 +206,43 @@ def test_means_over_other_seeds_are_not_ranked(tmp_path: Path, places: int) -> N
 
 
 def test_runs_that_learned_too_little_are_no_failures_of_the_rate(tmp_path: Path) -> None:
+    def told(name: str, lines: list[dict[str, Any]], **more: Any) -> str:
+        return answer(load_tolerance(make_tolerance(tmp_path / name, lines, lrs=(1e-3, 1e-2), seeds=[], **more)))[0]
+
     lines = [line("a", lr, 0, loss) for lr, loss in ((1e-3, 5.9), (1e-2, 4.9), (1e-1, 3.4))]
-    study = load_tolerance(make_tolerance(tmp_path / "short", lines, lrs=(1e-3, 1e-2), seeds=[]))
-    assert "none 0.1 nats or more below what token frequencies alone give: train for more steps" in answer(study)[0]
-    lines.append(line("a", 3e-1, 0, None))
-    study = load_tolerance(make_tolerance(tmp_path / "failed", lines, lrs=(1e-3, 1e-2), seeds=[]))
-    assert "more steps" not in answer(study)[0]
+    why = "none 0.1 nats or more below what token frequencies alone give: train for more steps"
+    assert why in told("short", lines)
+    assert why not in told("failed", [*lines, line("a", 3e-1, 0, None)])
+    assert why not in told("partial", lines, strategies=["a", "b"])
+    rising = [line("a", lr, 0, 2.0, tail_loss=2.0, lowest_loss=1.0) for lr in (1e-3, 1e-2)]
+    assert why not in told("rising", rising)
+    switched_off = {"stability": {"rise": 0.5, "margin": "-inf"}}
+    assert "-inf" not in told("off", [line("a", 1e-3, 0, 5.0, tail_loss=5.0, lowest_loss=1.0)], asked=switched_off)
+
+
+def test_of_whom_it_is_said_that_others_picked_the_rate(tmp_path: Path) -> None:
+    """Base is reported at the picked rate alone, ours at its neighbours, too."""
+    picked = [*lines_of({"base": Bowl(4e-3, bottom=1.9), "ours": Bowl(4e-3)}, RATES[:5], [0])]
+    seeds = lines_of({"base": Bowl(4e-3, bottom=1.9)}, RATES[2:3], [1, 2, 3])
+    study = load_tolerance(
+        make_tolerance(tmp_path, [*picked, *seeds, *lines_of({"ours": Bowl(4e-3)}, RATES[:5], [1, 2, 3])], lrs=RATES[:5],
+                       seeds=[1, 2, 3])
+    )  # fmt: skip
+    assert study.crossing == "some"
+    assert answer(study)[0].startswith("base has the lowest loss")
+    assert "all others pick" not in answer(study)[0]
+
+
+def test_few_seeds_and_no_failure_make_no_table_of_dashes(tmp_path: Path) -> None:
+    bowls = {"base": Bowl(4e-3, edge=3e-2), "ours": Bowl(4e-3)}
+    places = [{"model.n_layers": 1}, {"model.n_layers": 2}]
+    lines = [entry for place in places for entry in lines_of(bowls, RATES, range(4), place=place)]
+    folder = make_tolerance(tmp_path / "two", lines, lrs=RATES, seeds=[1, 2, 3], asked={"places": places})
+    assert "Largest stable rate over base's" not in markdown_tolerance(load_tolerance(folder))
+    lines = lines_of(bowls, RATES, range(4))
+    study = load_tolerance(make_tolerance(tmp_path / "one", lines, lrs=RATES, seeds=[1, 2, 3]))
+    why = "cannot be told: with fewer than 5 seeds not where one did not fail at any rate tried."
+    assert why in " ".join(answer(study))
 
 
 def test_answer_says_what_can_be_told(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_another_layout_takes_back_the_old_one(recipe):
         adjusted(config, ["parallel.tensor=0"])
 
 
-@pytest.mark.parametrize("name", ["study.json", "notes.txt", "metrics.jsonl", "report.html"])
+@pytest.mark.parametrize("name", ["study.json", "metrics.jsonl", "report.html", "status.json"])
 def test_what_is_no_run_is_left_as_it_is(recipe, tmp_path, name):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -121,10 +121,11 @@ def test_what_is_no_run_is_left_as_it_is(recipe, tmp_path, name):
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "precious"}
 
 
-def test_what_a_kill_left_of_a_run_that_had_not_begun_is_no_hindrance(recipe, tmp_path):
+def test_what_is_left_of_a_run_that_had_not_begun_is_no_hindrance(recipe, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("lock", "environment.json", ".config.toml.ab12"):
+    # And what a job left that made the folder for it: recipes/cluster/slurm.sbatch does.
+    for name in ("lock", "environment.json", ".config.toml.ab12", ".job-x1", "slurm-17.out"):
         (folder / name).write_text("{}")
     (folder / "metrics.jsonl").touch()
     run = RunFolder(folder)
