@@ -75,6 +75,16 @@ def tables(found: dict[str, dict[str, list[Reading]]]) -> str:
             cells = [_cell([_at_loss(readings, value, loss) for readings in seeds.values()]) for loss in LOSSES]
             lines.append(row([_name(strategy), *cells]))
         lines.append("")
+    for baseline in ("prenorm", "prenorm_qknorm"):
+        lines += [f"**λ_max of H over {_name(baseline)}'s, at equal loss, paired by seed**\n", head]
+        for strategy, seeds in found.items():
+            pairs = list(zip(seeds.values(), found[baseline].values(), strict=True))
+            cells = [
+                _cell([_ratio(ours, theirs, values["λ_max of H"], loss) for ours, theirs in pairs]) for loss in LOSSES
+            ]
+            if strategy != baseline:
+                lines.append(row([_name(strategy), *cells]))
+        lines.append("")
     lines += ["**λ_max as AdamW sees it, over its threshold**\n", header(["strategy", *_steps(STEPS[1:])])]
     for strategy, seeds in found.items():
         cells = [_cell([_share(_at(readings, step)) for readings in seeds.values()]) for step in STEPS[1:]]
@@ -143,6 +153,11 @@ def figures(found: dict[str, dict[str, list[Reading]]], spectra: dict[str, dict[
 
 def _at(readings: Sequence[Reading], step: int) -> Reading:
     return next(reading for reading in readings if reading["step"] == step)
+
+
+def _ratio(ours: Sequence[Reading], theirs: Sequence[Reading], value: Value, loss: float) -> float | None:
+    our, their = (_at_loss(readings, value, loss) for readings in (ours, theirs))
+    return our / their if our is not None and their else None
 
 
 def _at_loss(readings: Sequence[Reading], value: Value, loss: float) -> float | None:

@@ -224,10 +224,8 @@ def test_of_whom_it_is_said_that_others_picked_the_rate(tmp_path: Path) -> None:
     """Base is reported at the picked rate alone, ours at its neighbours, too."""
     picked = [*lines_of({"base": Bowl(4e-3, bottom=1.9), "ours": Bowl(4e-3)}, RATES[:5], [0])]
     seeds = lines_of({"base": Bowl(4e-3, bottom=1.9)}, RATES[2:3], [1, 2, 3])
-    study = load_tolerance(
-        make_tolerance(tmp_path, [*picked, *seeds, *lines_of({"ours": Bowl(4e-3)}, RATES[:5], [1, 2, 3])], lrs=RATES[:5],
-                       seeds=[1, 2, 3])
-    )  # fmt: skip
+    ours = lines_of({"ours": Bowl(4e-3)}, RATES[:5], [1, 2, 3])
+    study = load_tolerance(make_tolerance(tmp_path, [*picked, *seeds, *ours], lrs=RATES[:5], seeds=[1, 2, 3]))
     assert study.crossing == "some"
     assert answer(study)[0].startswith("base has the lowest loss")
     assert "all others pick" not in answer(study)[0]
