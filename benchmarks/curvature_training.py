@@ -67,9 +67,8 @@ def tables(found: dict[str, dict[str, list[Reading]]]) -> str:
         "λ_max of G": lambda r: r["sharpness"]["gauss_newton"]["value"],
         "λ_max of P^-½ H P^-½": lambda r: r["adam"]["largest"]["value"] if r["adam"] else None,
     }
-    lines = []
+    lines, head = [], header(["strategy", *(f"at {loss} nats" for loss in LOSSES)])
     for title, value in values.items():
-        head = header(["strategy", *(f"at {loss} nats" for loss in LOSSES)])
         lines += [f"**{title}, at equal loss**\n", head]
         for strategy, seeds in found.items():
             cells = [_cell([_at_loss(readings, value, loss) for readings in seeds.values()]) for loss in LOSSES]

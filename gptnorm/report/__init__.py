@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from gptnorm.report.any_study import AnyStudy, load_any
+from gptnorm.report.any_study import AnyStudy, by_kind, load_any
 from gptnorm.report.ladder import Ladder, load_ladder
 from gptnorm.report.ladder_table import markdown_ladder, rich_ladder
 from gptnorm.report.results import Study, load_study
@@ -28,24 +28,12 @@ from gptnorm.report.tolerance_table import markdown_tolerance, rich_tolerance
 
 def rich_study(folder: str | Path) -> RenderableType:
     """The tables of a study of any kind for the terminal; UserError where the folder holds none."""
-    match load_any(folder):
-        case ToleranceStudy() as study:
-            return rich_tolerance(study)
-        case Ladder() as study:
-            return rich_ladder(study)
-        case Study() as study:
-            return rich_table(study)
+    return by_kind(load_any(folder), rich_tolerance, rich_ladder, rich_table)
 
 
 def markdown_study(folder: str | Path) -> str:
     """The same as Markdown, ending in a newline."""
-    match load_any(folder):
-        case ToleranceStudy() as study:
-            return markdown_tolerance(study)
-        case Ladder() as study:
-            return markdown_ladder(study)
-        case Study() as study:
-            return markdown_table(study)
+    return by_kind(load_any(folder), markdown_tolerance, markdown_ladder, markdown_table)
 
 
 __all__ = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from gptnorm.records import read_object
 from gptnorm.report.ladder import Ladder, load_ladder
@@ -11,6 +13,7 @@ from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.report.tolerance_ledger import load_tolerance
 
 AnyStudy = Study | Ladder | ToleranceStudy
+T = TypeVar("T")
 
 
 def load_any(folder: str | Path) -> AnyStudy:
@@ -19,3 +22,19 @@ def load_any(folder: str | Path) -> AnyStudy:
     if "tolerance" in facts:
         return load_tolerance(folder)
     return load_ladder(folder) if "ladder" in facts else load_study(folder)
+
+
+def by_kind(
+    study: AnyStudy,
+    tolerance: Callable[[ToleranceStudy], T],
+    ladder: Callable[[Ladder], T],
+    grid: Callable[[Study], T],
+) -> T:
+    """What that of the three gives which is for a study of this kind."""
+    match study:
+        case ToleranceStudy():
+            return tolerance(study)
+        case Ladder():
+            return ladder(study)
+        case Study():
+            return grid(study)

@@ -9,14 +9,11 @@ from pathlib import Path
 
 from gptnorm.errors import UserError
 from gptnorm.files import write_atomic
-from gptnorm.report.any_study import load_any
-from gptnorm.report.ladder import Ladder
+from gptnorm.report.any_study import by_kind, load_any
 from gptnorm.report.ladder_page import ladder_page
-from gptnorm.report.results import Study
 from gptnorm.report.run_page import run_page
 from gptnorm.report.shared import REPORT
 from gptnorm.report.study_page import study_page
-from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.report.tolerance_page import tolerance_page
 
 
@@ -25,13 +22,7 @@ def write_study_report(folder: str | Path) -> Path:
 
     Raises UserError where the folder holds no readable `study.json`.
     """
-    match load_any(folder):
-        case ToleranceStudy() as study:
-            content = tolerance_page(study)
-        case Ladder() as study:
-            content = ladder_page(study)
-        case Study() as study:
-            content = study_page(study)
+    content = by_kind(load_any(folder), tolerance_page, ladder_page, study_page)
     write_atomic(Path(folder) / REPORT, content)
     return Path(folder) / REPORT
 
