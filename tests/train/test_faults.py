@@ -219,7 +219,7 @@ def test_verify_names_what_is_damaged(copy, tmp_path):
     done = run("verify", copy)
     assert refused(done, str(damaged))
     assert done.stdout.strip() == f"{copy / 'checkpoints/step-000050'}: sound"
-    assert refused(run("verify", tmp_path), "train.bin")
+    assert refused(run("verify", tmp_path), "neither a run's folder nor one of shards")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_on_demand(recipe, straight, tmp_path):
