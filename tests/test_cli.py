@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 
 from gptnorm import cli
+from gptnorm.cli import study
 from gptnorm.cli.study import going_on
+from gptnorm.report import html
+
+RESULTS = Path(__file__).parents[1] / "docs/results"
 
 RECIPE = """
 model = {{strategy = "prenorm", d_model = 16, n_layers = 1, n_heads = 2, d_ff = 32}}
@@ -268,3 +275,24 @@ def test_a_second_signal_does_not_keep_a_study_from_ending_its_workers():
     assert ended == ["workers"]
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("what", ["the reader left", "no report"])
+def test_tables_and_report_do_not_need_each_other(tmp_path, monkeypatch, capfd, what):
+    shutil.copytree(RESULTS / "quickstart", tmp_path / "study")
+
+    def refuse(*_):
+        if what == "the reader left":
+            raise SystemExit(1)
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+
+    monkeypatch.setattr(
+        *((study.console, "print") if what == "the reader left" else (html, "write_study_report")), refuse
+    )
+    code = call(monkeypatch, "study", "show", str(tmp_path / "study"))
+    out, err = capfd.readouterr()
+    assert (tmp_path / "study/report.html").exists() == (what == "the reader left")
+    if what == "no report":
+        assert code == 2
+        assert "simplenorm" in out
+        assert err == f"gptnorm: {tmp_path / 'study'}: the report cannot be written (Permission denied)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import click
 class FolderName(click.Path):
     """A folder, which "" is none: an unset variable of a shell would mean the current one."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("must not be empty; . is the current folder", param, ctx)
-        return super().convert(value, param, ctx)  # pyright: ignore[reportArgumentType]
+        return super().convert(value, param, ctx)
 
 
 FOLDER_NAME = FolderName(path_type=Path)

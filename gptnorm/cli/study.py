@@ -257,8 +257,14 @@ def print_study(folder: Path) -> None:
     from gptnorm.report import rich_study
     from gptnorm.report.html import write_study_report
 
-    console.print(rich_study(folder))
+    # Written first, since whoever reads what is printed may leave; printed also where it cannot be written.
     try:
-        say(f"report: {write_study_report(folder)}")
+        said = f"report: {write_study_report(folder)}"
     except OSError as error:
-        raise UserError(f"{folder}: the report cannot be written ({error.strerror})") from None
+        said, failed = "", UserError(f"{folder}: the report cannot be written ({error.strerror})")
+    else:
+        failed = None
+    console.print(rich_study(folder))
+    if failed is not None:
+        raise failed
+    say(said)

@@ -58,6 +58,7 @@ class Level:
 
     @cached_property
     def points(self) -> list[Point]:
+        """The rates of which it is known whether they are stable."""
         return mean_points(self.row, self.entropy)
 
     @property

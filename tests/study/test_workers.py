@@ -126,7 +126,8 @@ def test_a_run_is_kept_though_nobody_reads_what_is_printed(tmp_path: Path, monke
         def finished(self, cell: Cell, result: Any) -> None:
             raise SystemExit(1)
 
-    ran = Outcome(result=SimpleNamespace(val_loss=1.0), training=summarize([1.0], whole=True), measured={})  # type: ignore[arg-type]
+    result: Any = SimpleNamespace(val_loss=1.0)
+    ran = Outcome(result=result, training=summarize([1.0], whole=True), measured={})
     monkeypatch.setattr(pool, "Display", Gone)
     monkeypatch.setattr(pool, "_processes", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(pool, "_run_cell", lambda *_: ran)
