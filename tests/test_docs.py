@@ -147,6 +147,29 @@ def test_what_ending_runs_early_could_save_is_what_the_ledgers_say() -> None:
         assert words in page
 
 
+def test_curvature_was_measured_at_the_best_rates_that_the_ledgers_have() -> None:
+    """Sharpness falls with the rate, so that a rate which is no longer a strategy's best asks for another measurement.
+
+    Within 1 %, since a best rate between powers of ten is written with two digits in one place and three in another.
+    """
+    from gptnorm.report.tolerance_ledger import load_tolerance
+
+    results = ROOT / "docs" / "results"
+    (place,) = load_tolerance(results / "tolerance").places
+    best = {name: track.best.lr for name, track in place.own.items() if track.best is not None}
+    rates = {name: float(lr) for name, lr in load_script("curvature_training").RATES.items()}
+    assert rates == pytest.approx(best, rel=0.01)
+
+    sizes = {}
+    for place in load_tolerance(results / "width-depth-map").places:
+        at = dict(place.settings)
+        track = place.own["simplenorm"]
+        if at["train.steps"] == 400 and track.best is not None:
+            sizes[at["model.d_model"], at["model.n_layers"]] = track.best.lr
+    for size, lr in load_script("curvature_sizes").RATES.items():
+        assert float(lr) == pytest.approx(sizes[size], rel=0.01), size
+
+
 def test_what_was_measured_is_what_the_ledgers_say() -> None:
     """And no strategy is missing."""
     from gptnorm.strategies import STRATEGIES
