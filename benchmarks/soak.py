@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 RECIPE = "laptop/prenorm"
 SETTINGS = (
     "model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.dropout=0.1", "train.steps=4000",
-    "train.batch_size=4", "train.accumulate=2", "train.seq_len=32", "train.eval_every=70", "train.eval_batches=2",
+    "train.batch_size=4", "train.accumulate=2", "train.seq_len=32", "train.eval_every=70", "train.eval_sequences=8",
     "train.device=cpu", "checkpoint.every=5", "checkpoint.best=true", "guard.sigmas=6", "watch.every=50",
 )  # fmt: skip
 TIMES = ("seconds", "gauge_seconds", "gauge_steps")

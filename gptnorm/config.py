@@ -215,8 +215,8 @@ class TrainConfig:
     """CPU threads of the process. Left out: torch's choice."""
     eval_every: Count = 0
     """Steps between validations; 0: only at the end."""
-    eval_batches: Positive = 32
-    """Batches of a validation, spread evenly over the held-out tokens; the same ones each time."""
+    eval_sequences: Positive = 512
+    """Sequences of a validation, spread evenly over the held-out tokens; the same each time and for every batch."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
 

@@ -33,7 +33,7 @@ batch_size = 4
 seq_len = 16
 threads = 1
 device = "cpu"
-eval_batches = 2
+eval_sequences = 8
 """
 
 

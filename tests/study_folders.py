@@ -6,7 +6,7 @@ import json
 
 from gptnorm.study import pool
 
-SMALL = ("train.steps=4", "watch.every=0", "train.eval_batches=1", "checkpoint.final=false")
+SMALL = ("train.steps=4", "watch.every=0", "train.eval_sequences=4", "checkpoint.final=false")
 
 
 def cells_in_process(wanted, texts, folder, workers, console):

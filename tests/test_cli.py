@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[1] / "docs/results"
 RECIPE = """
 model = {{strategy = "prenorm", d_model = 16, n_layers = 1, n_heads = 2, d_ff = 32}}
 data = {{path = "{text}"}}
-train = {{steps = 4, batch_size = 4, seq_len = 16, threads = 1, device = "cpu", eval_batches = 2}}
+train = {{steps = 4, batch_size = 4, seq_len = 16, threads = 1, device = "cpu", eval_sequences = 8}}
 """
 
 

@@ -69,11 +69,11 @@ class Sampler:
         return phase, np.argsort(source.random_raw(self.windows_per_epoch), kind="stable")
 
 
-def validation_windows(tokens: np.ndarray, batch_size: int, seq_len: int, batches: int) -> Iterator[np.ndarray]:
-    """The same windows at each call: at most `batches` arrays, int64 of shape (<= batch_size, seq_len + 1).
+def validation_windows(tokens: np.ndarray, batch_size: int, seq_len: int, most: int) -> Iterator[np.ndarray]:
+    """The same windows at each call: at most `most`, in arrays of int64 of shape (<= batch_size, seq_len + 1).
 
     The windows lie on a grid of stride seq_len, spread evenly over the split, none
-    twice. In a short split there are fewer: each once, the last batch perhaps smaller.
+    twice, the same ones for every batch_size. In a short split there are fewer: each once.
 
     Raises:
         UserError: at the call, if there are too few tokens for one window.
@@ -81,7 +81,7 @@ def validation_windows(tokens: np.ndarray, batch_size: int, seq_len: int, batche
     if len(tokens) <= seq_len:
         raise _too_short(seq_len, "validation", len(tokens))
     available = (len(tokens) - 1) // seq_len
-    taken = min(available, batch_size * batches)
+    taken = min(available, most)
     starts = np.arange(taken, dtype=np.int64) * available // taken * seq_len
     return (_gather(tokens, starts[at : at + batch_size], seq_len) for at in range(0, taken, batch_size))
 

@@ -9,7 +9,9 @@ The curve of one strategy over the rates tried so far is asked again and again:
 3. while the best stands between others, but the next ones are more than a factor `optimum` away, the rates midway are
    tried;
 4. while the largest stable rate and the first unstable one above it are further apart than a factor `edge`, the rate
-   midway is tried: bisection.
+   midway is tried: bisection;
+5. then, from the best to the edge, the rate midway of neighbours more than a factor `optimum` apart: up to which rate a
+   loss stays below a limit is interpolated between two.
 
 Midway is $\sqrt{\eta_1 \eta_2}$, rounded to three digits.
 """
@@ -42,7 +44,8 @@ class Search:
     """How closely, and how far."""
 
     optimum: Factor = 2.0
-    """Factor between the best rate and its neighbours at most."""
+    """Factor between the best rate and its neighbours at most; where edges are looked for, between any two neighbours
+    from the best to the edge."""
     edge: Factor = 1.5
     """Factor between the largest stable rate and the first unstable one at most."""
     reach: Annotated[int, Field(ge=0)] = 4
@@ -57,8 +60,8 @@ def next_rates(
     Args:
         tried: ascending.
         grid: ascending, of two rates or more.
-        seek: "edge": the optimum is known from elsewhere, and rules 2 (downwards) and 3 are left out. "optimum": the
-            edge does not matter, and rules 2 (for the edge's sake) and 4 are left out, but where the edge is next to
+        seek: "edge": the optimum is known from elsewhere, and rules 2 (downwards), 3 and 5 are left out. "optimum": the
+            edge does not matter, and rules 2 (for the edge's sake), 4 and 5 are left out, but where the edge is next to
             the best.
         whole: whether rule 1 holds; else the grid only says how far to go outwards, and how far at once.
     """
@@ -87,6 +90,9 @@ def next_rates(
             stable = edge.unstable is None or neighbour < edge.unstable
             if stable and max(best.lr / neighbour, neighbour / best.lr) > search.optimum:
                 wanted.append(_midway(best.lr, neighbour))
+    if not wanted and seek == "both":
+        between = itertools.pairwise(known[place : known.index(edge.stable) + 1])
+        wanted = [_midway(low, high) for low, high in between if high / low > search.optimum]
     # Rates may stand so close that a rounded one is known already.
     return sorted({lr for lr in wanted if not _has(known, lr)})
 

@@ -59,10 +59,10 @@ def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarr
 def open_validation(config: Config, shards: Shards) -> list[np.ndarray]:
     """The validation windows; UserError if the split is too short for one."""
     train = config.train
+    # A micro-batch at once, which fits; which windows they are does not hang on it, so that runs with other batches are
+    # judged by the same text.
     micro = train.batch_size // train.accumulate
-    # As many windows however the batch is cut, so that accumulation does not change what is measured.
-    batches = train.eval_batches * train.accumulate
-    validation = list(validation_windows(shards.val, micro, train.seq_len, batches))
+    validation = list(validation_windows(shards.val, micro, train.seq_len, train.eval_sequences))
     vocab = check_vocab(config, shards)
     for tokens in validation:
         refuse_unknown_ids(tokens, vocab)

@@ -284,7 +284,10 @@ class _Trainer:
                 return "diverged", self._explain()
             new_best = False
             if self._due(train.eval_every, self.step) or last:
+                began = time.monotonic()
                 new_best = self._validate(folder, board)
+                # What a step takes does not hang on how often, and on how much text, its model is judged.
+                started += time.monotonic() - began
                 if self.val_loss is None:
                     return "diverged", "validation loss"
             self.seconds = time.monotonic() - started

@@ -79,7 +79,7 @@ def test_build_then_train(place, monkeypatch, capfd):
     assert "built before" in capfd.readouterr().out
     (place / "tiny.toml").write_text(
         'model = {strategy = "prenorm", d_model = 16, n_layers = 1, n_heads = 2, d_ff = 32}\n'
-        'train = {steps = 2, batch_size = 2, seq_len = 16, threads = 1, device = "cpu", eval_batches = 1}\n'
+        'train = {steps = 2, batch_size = 2, seq_len = 16, threads = 1, device = "cpu", eval_sequences = 2}\n'
     )
     assert call(monkeypatch, "train tiny.toml data.path=out run.dir=run") == 0
 

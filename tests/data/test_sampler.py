@@ -97,21 +97,22 @@ def test_training_split_too_short(refused):
     assert Sampler(np.arange(11), 2, 10, 0).batch(3).tolist() == [list(range(11))] * 2
 
 
-@given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
+@given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 9), st.integers(1, 81))
 @settings(max_examples=200, deadline=None)
-def test_validation_windows(count, seq_len, batch_size, batches):
+def test_validation_windows(count, seq_len, batch_size, most):
     if count <= seq_len:
         return
     tokens = np.arange(count, dtype=np.uint16)
-    taken = list(validation_windows(tokens, batch_size, seq_len, batches))
-    for one, other in zip(taken, validation_windows(tokens, batch_size, seq_len, batches), strict=True):
+    taken = list(validation_windows(tokens, batch_size, seq_len, most))
+    for one, other in zip(taken, validation_windows(tokens, batch_size, seq_len, most), strict=True):
         np.testing.assert_array_equal(one, other)
     assert all(batch.dtype == np.int64 and batch.shape[1] == seq_len + 1 for batch in taken)
     assert all(len(batch) == batch_size for batch in taken[:-1])
     rows = np.concatenate(taken)
     np.testing.assert_array_equal(rows, rows[:, :1] + np.arange(seq_len + 1))
     available = (count - 1) // seq_len
-    assert len(rows) == min(available, batch_size * batches)
+    assert len(rows) == min(available, most)
+    np.testing.assert_array_equal(rows, np.concatenate(list(validation_windows(tokens, 1, seq_len, most))))
     # Spread over the whole split: from its first window to within one gap of its last.
     assert rows[0, 0] == 0
     assert rows[-1, 0] // seq_len >= available - -(-available // len(rows))

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "empty.txt").touch()
     (place / "tiny.toml").write_text(
         'model = {strategy = "prenorm", d_model = 16, n_layers = 1, n_heads = 2, d_ff = 32}\n'
-        f"train = {{steps = 3, batch_size = 4, seq_len = {WINDOW}, threads = 1, eval_batches = 1}}\n"
+        f"train = {{steps = 3, batch_size = 4, seq_len = {WINDOW}, threads = 1, eval_sequences = 4}}\n"
         f'data = {{path = "{place}/corpus.jsonl", val_fraction = 0.2}}\n'
     )
     nano = place / "nano"
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run": ("checkpoint.every=2",),
         "bpe": ("data.tokenizer=bpe", "data.bpe_vocab=300"),
         "pieces": (f"data.path={place}/one.txt",),
-        "nanorun": (f"data.path={nano}", "model.vocab_size=50", "train.eval_batches=10"),
+        "nanorun": (f"data.path={nano}", "model.vocab_size=50", "train.eval_sequences=40"),
         "learned": ("model.backbone=gpt2",),
         "low": ("train.precision=fp8",),
     }.items():

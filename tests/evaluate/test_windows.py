@@ -47,7 +47,7 @@ def test_a_stride_of_a_window_is_how_training_cuts():
     from gptnorm.data import validation_windows
 
     tokens = np.arange(6 * 16 + 1, dtype=np.uint16)
-    theirs = np.concatenate(list(validation_windows(tokens, batch_size=4, seq_len=16, batches=99)))
+    theirs = np.concatenate(list(validation_windows(tokens, batch_size=4, seq_len=16, most=999)))
     ours = [window.tokens for window in cut_windows([tokens], 16, 16)]
     assert np.array_equal(np.stack(ours), theirs)
 

@@ -54,6 +54,9 @@ def test_optimum_and_edge_are_bracketed(ln_optimum, room, closeness, sharpness):
     if 0 < at < len(tried) - 1:
         assert tried[at - 1].lr < optimum
         assert not tried[at + 1].stable or optimum < tried[at + 1].lr
+    if found.unstable is not None:
+        reached = [point.lr for point in tried[at:] if point.lr <= found.stable]
+        assert all(high / low <= closeness * 1.01 for low, high in pairwise(reached))
     assert rounds < 40
 
 

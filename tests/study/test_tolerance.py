@@ -64,7 +64,7 @@ def test_memory_is_what_a_step_takes(study, tmp_path):
 
 
 def test_seeds_that_pick_and_seeds_that_are_reported(study, tmp_path):
-    folder = ask(study, tmp_path / "out", "train.eval_batches=20")
+    folder = ask(study, tmp_path / "out", "train.eval_sequences=80")
     rows = lines(folder)
     assert {(row["strategy"], row["seed"]) for row in rows} == {(s, n) for s in ("prenorm", "ngpt") for n in (0, 3)}
     for strategy in ("prenorm", "ngpt"):
@@ -75,7 +75,7 @@ def test_seeds_that_pick_and_seeds_that_are_reported(study, tmp_path):
     asked = json.loads((folder / "study.json").read_text())["tolerance"]
     assert (asked["pick"], asked["baseline"], asked["tune"], asked["places"]) == ([0], "prenorm", {}, [])
     before = everything(folder)
-    ask(study, folder, "train.eval_batches=20")
+    ask(study, folder, "train.eval_sequences=80")
     assert everything(folder) == before
 
 

@@ -64,9 +64,14 @@ def test_metrics_have_every_step_once_and_validation_last(recipe, tmp_path):
     assert lines(tmp_path / "run")[-1]["loss"] == result.val_loss
 
 
-def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text):
-    """At rate zero the weights are those of step 0, so that any other code can compute the loss."""
-    result = train(recipe, tmp_path / "run", "optim.lr=0", "train.steps=1", "train.eval_batches=3")
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 16])
+def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text, batch_size):
+    """At rate zero the weights are those of step 0, so that any other code can compute the loss.
+
+    Runs with other batches are judged by the same windows.
+    """
+    size = f"train.batch_size={batch_size}"
+    result = train(recipe, tmp_path / "run", "optim.lr=0", "train.steps=1", "train.eval_sequences=12", size)
     config = load_recipe(str(recipe)).resolve()
     shards = prepare(config.data)
     model = loop.build_gpt(config, vocab=257)
@@ -77,6 +82,22 @@ def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text
         torch.nn.functional.cross_entropy(model(val[None, s : s + 16])[0], val[s + 1 : s + 17]).item() for s in starts
     ]
     assert result.val_loss == pytest.approx(sum(one) / 12, rel=1e-5)
+
+
+def test_seconds_are_those_of_training(recipe, tmp_path, monkeypatch):
+    """On a clock that only validations move."""
+    clock = [0.0]
+
+    def slow(*args, **settings):
+        clock[0] += 100
+        return 1.0
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "validation_loss", slow)
+    result = train(recipe, tmp_path / "run", "train.eval_every=2")
+    assert clock[0] == 300
+    assert result.seconds == 0
+    assert all(line.get("seconds", 0) == 0 for line in lines(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("parts", [2, 4])
