@@ -59,7 +59,7 @@ COMPARISON = Comparison(
             rates=(1e-2, 3e-2, 1e-1),
         ),
     ),
-    baselines=("prenorm-published",),
+    baselines=("prenorm-published", "prenorm-none", "prenorm-forward"),
 )
 
 

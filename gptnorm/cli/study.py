@@ -118,9 +118,10 @@ def depth(**asked: Any) -> None:
 def tolerance(**asked: Any) -> None:
     """How far each strategy's learning rate can be pushed, such as 'study/tolerance'.
 
-    RECIPE has a [study] table. Rates are added where they matter: around each strategy's best, and at the edge where
-    training fails. The best is picked on other seeds than those reported. study.tune and study.map set what is tuned
-    beside the rate, and where strategies are compared; see docs/tolerance.md.
+    RECIPE has a [study] table, or is any other with --strategies and --lrs. Rates are added where they matter: around
+    each strategy's best, and at the edge where training fails. The best is picked on other seeds than those reported.
+    study.tune and study.map set what is tuned beside the rate, and where strategies are compared; see
+    docs/tolerance.md.
     """
     from gptnorm.study.config import ToleranceConfig
     from gptnorm.study.tolerance import Tolerance

@@ -33,19 +33,20 @@ def as_settings(
     Raises:
         UserError: an option that says nothing, or says what a setting says, too.
     """
-    more = {}
+    given = {setting.partition("=")[0] for setting in settings}
+    for key, value in {"strategies": strategies, "lrs": lrs, "seeds": seeds}.items():
+        if value is not None and f"study.{key}" in given:
+            raise UserError(f"--{key} and study.{key} say the same; give one of them")
     if strategies is not None:
-        more["strategies"] = [name.strip() for name in strategies.split(",") if name.strip()]
+        names = [name.strip() for name in strategies.split(",") if name.strip()]
+        settings = (*settings, f"study.strategies={json.dumps(names)}")
     if lrs is not None:
-        more["lrs"] = list(parse_rates(lrs))
+        settings = (*settings, f"study.lrs={json.dumps(parse_rates(lrs))}")
     if seeds is not None:
         pick = read_table_of(table, recipe, settings).pick
-        more["seeds"] = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
-    given = {setting.partition("=")[0] for setting in settings}
-    for key in more:
-        if f"study.{key}" in given:
-            raise UserError(f"--{key} and study.{key} say the same; give one of them")
-    return (*settings, *(f"study.{key}={json.dumps(values)}" for key, values in more.items()))
+        others = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
+        settings = (*settings, f"study.seeds={json.dumps(others)}")
+    return settings
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

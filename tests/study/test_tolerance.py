@@ -302,6 +302,18 @@ def test_options_stand_for_settings(study):
             asked(wrong, seeds=2)
 
 
+def test_any_recipe_is_a_study_with_strategies_and_rates(recipe, tmp_path):
+    own = load_recipe(str(recipe))
+    settings = as_settings(ToleranceConfig, own, (), strategies="prenorm,ngpt", lrs="1e-3,1e-2", seeds=1)
+    folder = ask(recipe, tmp_path / "out", *settings, "study.search.reach=0", "study.workers=1")
+    assert {(row["strategy"], row["seed"]) for row in lines(folder)} == {
+        (s, n) for s in ("prenorm", "ngpt") for n in (0, 1)
+    }
+    assert json.loads((folder / "study.json").read_text())["title"] == own.name
+    with pytest.raises(UserError, match=r"no \[study\] table; give study\.strategies and study\.lrs"):
+        as_settings(ToleranceConfig, own, (), strategies=None, lrs=None, seeds=1)
+
+
 def test_lists_as_values_and_equal_numbers(study, tmp_path):
     """JSON has no tuples, and 0 is 0.0: a study that goes on must find its own places again."""
     only = 'study.strategies=["prenorm"]'
