@@ -22,14 +22,31 @@ FRAME = """<title>nothing</title><script>onmessage = event => document.title = e
 """A window of its own is never narrower than 500 pixels."""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_stands_out_at_the_side(tmp_path: Path, width: int) -> None:
-    """With every part open; tables that are wider scroll by themselves."""
+SHIPPED = Path(__file__).parents[2] / "docs" / "results"
+
+
+def long_names(place: Path) -> Path:
+    """A study of one place, one of its strategies with a name that no line breaks."""
     names = ("prenorm", "prenorm_qknorm", "simplenorm", "a_strategy_whose_name_is_rather_long")
     bowls = {name: Bowl(4e-3, bottom=2.0 - 0.01 * k, edge=3e-2 * 2**k) for k, name in enumerate(names)}
-    folder = make_tolerance(tmp_path, lines_of(bowls, RATES, range(6)), lrs=RATES)
-    page = write_study_report(folder)
+    return make_tolerance(place, lines_of(bowls, RATES, range(6)), lrs=RATES)
+
+
+def shipped(name: str, place: Path) -> Path:
+    """A copy of a ledger of docs/results."""
+    for file in ("study.json", "cells.jsonl"):
+        shutil.copy(SHIPPED / name / file, place)
+    return place
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize(
+    ("study", "width"),
+    [(None, 390), (None, 1200), ("width-depth-map-tuned", 390), ("scaling", 390), ("texts", 390), ("width", 390)],
+)
+def test_nothing_stands_out_at_the_side(tmp_path: Path, study: str | None, width: int) -> None:
+    """With every part open; tables that are wider scroll by themselves."""
+    page = write_study_report(long_names(tmp_path) if study is None else shipped(study, tmp_path))
     (tmp_path / "measured.html").write_text(page.read_text().replace("</body>", MEASURE + "</body>"))
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width))
