@@ -87,6 +87,8 @@ def _loss(study: ToleranceStudy) -> str:
             "so every best loss is flattered. Loss: validation, nats per token."
         )
     told = f"Loss: validation, nats per token, over {plural(len(study.seeds), 'seed')}"
+    if not any(cell.seed in study.seeds for cell in study.cells):
+        return f"{told} that do not pick the rate; none of their runs has ended yet."
     how = {
         "all": ", each at the rate that is best on the mean of all other seeds.",
         "some": " that did not pick the rate; where all tried several, each at that which is best on all others.",

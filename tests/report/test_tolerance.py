@@ -644,6 +644,7 @@ def test_a_study_stopped_midway(tmp_path: Path, keep: int) -> None:
     study = load_tolerance(make_tolerance(tmp_path, lines, lrs=RATES, strategies=["base", "ours", "never"]))
     text = markdown_tolerance(study)
     assert ("No run has ended yet." if keep == 0 else "Partial: ") in text
+    assert ("none of their runs has ended yet" in text) == (keep > 0 and all(entry["seed"] == 0 for entry in lines))
     assert "never" in text or keep == 0
     assert not re.search(r"\b(nan|None)\b", text)
     Console(file=io.StringIO(), width=80).print(rich_tolerance(study))
