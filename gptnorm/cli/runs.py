@@ -104,7 +104,7 @@ def finish(path: Path, result: Result) -> None:
     elif result.status == "diverged":
         say(f"diverged at step {result.step}: the {result.reason} was non-finite first; nothing was updated with it")
     else:
-        say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s")
+        say(f"{result.parameters:,} parameters, {result.step} steps, {result.seconds:.1f} s of training")
         say(f"validation loss {result.val_loss:.4f}")
 
 

@@ -118,15 +118,17 @@ T = TypeVar("T", bound=StudyConfig)
 
 
 def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T:
-    """The recipe's `[study]` table with `study.…` arguments over it; without a title it has the recipe's name.
+    """The recipe's `[study]` table with `study.…` arguments over it; without a title it is named after
+    the recipe.
 
     Raises:
         UserError: there is none, or it has an unknown key, a wrong value or an entry twice.
     """
     table = _table(recipe, overrides)
     if not table:
-        raise UserError(f"recipe {recipe.name!r}: has no [study] table; give study.strategies and study.lrs")
-    study = read_table(cls, {"title": recipe.name, **table}, key="study")
+        needed = "study.strategies, study.lrs and study.seeds"
+        raise UserError(f"recipe {recipe.name!r}: has no [study] table, as those under study/ have; or give {needed}")
+    study = read_table(cls, {"title": f"Strategies over learning rates: {recipe.name}", **table}, key="study")
     for entry in fields(study):
         values = getattr(study, entry.name)
         if isinstance(values, tuple) and len(set(map(repr, values))) != len(values):

@@ -73,12 +73,9 @@ def next_rates(
     wanted: list[float] = []
     if best is None or edge is None:
         return _beyond(known, grid, search, downwards=not _falls(tried))
-    # A rate that rounding, or a grid that has grown, put next to another brackets nothing.
-    below = [lr for lr in known if lr * CLOSEST < best.lr][-1:]
-    above = [lr for lr in known if lr > best.lr * CLOSEST][:1]
-    if not below and seek != "edge":
+    if best.lr == known[0] and seek != "edge":
         wanted += _beyond(known, grid, search, downwards=True)
-    if edge.unstable is None and (seek != "optimum" or not above):
+    if edge.unstable is None and (seek != "optimum" or best.lr == known[-1]):
         wanted += _beyond(known, grid, search, downwards=False)
     elif (
         edge.unstable is not None
@@ -86,14 +83,15 @@ def next_rates(
         and (seek != "optimum" or edge.stable == best.lr)
     ):
         wanted.append(_midway(edge.stable, edge.unstable))
-    if below and above and seek != "edge":
-        for neighbour in (*below, *above):
+    place = known.index(best.lr)
+    if 0 < place < len(known) - 1 and seek != "edge":
+        for neighbour in (known[place - 1], known[place + 1]):
             # Beyond the edge there is no optimum; rule 4 looks there.
             stable = edge.unstable is None or neighbour < edge.unstable
             if stable and max(best.lr / neighbour, neighbour / best.lr) > search.optimum:
                 wanted.append(_midway(best.lr, neighbour))
     if not wanted and seek == "both":
-        between = itertools.pairwise(known[known.index(best.lr) : known.index(edge.stable) + 1])
+        between = itertools.pairwise(known[place : known.index(edge.stable) + 1])
         wanted = [_midway(low, high) for low, high in between if high / low > search.optimum]
     # Rates may stand so close that a rounded one is known already.
     return sorted({lr for lr in wanted if not _has(known, lr)})

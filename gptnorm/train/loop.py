@@ -66,7 +66,7 @@ class Result:
     """What was non-finite first, if it diverged; the signal, if one stopped it."""
     parameters: int
     seconds: float
-    """Wall-clock time of the loop, validations included, resumed parts added up."""
+    """Wall-clock time of the loop without its validations, resumed parts added up."""
     skipped: int = 0
     """Updates left out (`guard.sigmas`)."""
 
@@ -284,6 +284,8 @@ class _Trainer:
                 return "diverged", self._explain()
             new_best = False
             if self._due(train.eval_every, self.step) or last:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # the last update is still under way
                 began = time.monotonic()
                 new_best = self._validate(folder, board)
                 # What a step takes does not hang on how often, and on how much text, its model is judged.

@@ -85,19 +85,27 @@ def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text
 
 
 def test_seconds_are_those_of_training(recipe, tmp_path, monkeypatch):
-    """On a clock that only validations move."""
-    clock = [0.0]
+    """On a clock that validations move by 100 and updates by 1, also where the run is stopped and resumed."""
+    clock, validate, clip = [0.0], loop.validation_loss, loop.clip_gradients
 
-    def slow(*args, **settings):
-        clock[0] += 100
-        return 1.0
+    def ticking(function, seconds):
+        def call(*args, **settings):
+            clock[0] += seconds
+            return function(*args, **settings)
+
+        return call
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(loop, "validation_loss", slow)
-    result = train(recipe, tmp_path / "run", "train.eval_every=2")
-    assert clock[0] == 300
-    assert result.seconds == 0
-    assert all(line.get("seconds", 0) == 0 for line in lines(tmp_path / "run"))
+    monkeypatch.setattr(loop, "validation_loss", ticking(validate, 100))
+    monkeypatch.setattr(loop, "clip_gradients", ticking(clip, 1))
+    config = load_recipe(str(recipe)).resolve(["train.eval_every=2", "checkpoint.every=2"])
+    shards = prepare(config.data)
+    with pytest.raises(Stop):
+        start_run(config, shards, tmp_path / "run", StopAt(3))
+    result = resume_run(tmp_path / "run", shards)
+    assert clock[0] > 300
+    assert result.seconds == 6
+    assert [line["seconds"] for line in lines(tmp_path / "run") if "seconds" in line] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("parts", [2, 4])
