@@ -84,7 +84,7 @@ def _meanings(readings: list[dict[str, Any]]) -> list[str]:
 
 
 def _cost(lines: list[dict[str, Any]]) -> list[str]:
-    """What a reading costs in steps, and all of them of the time of training."""
+    """What a reading costs in steps, and all of them of training time."""
     steps = [value for row in lines if (value := finite(row.get("gauge_steps"))) is not None]
     spent = [value for row in lines if (value := finite(row.get("gauge_seconds"))) is not None]
     total = max((value for row in lines if (value := finite(row.get("seconds")))), default=None)
@@ -92,7 +92,7 @@ def _cost(lines: list[dict[str, Any]]) -> list[str]:
     if steps:
         found.append(f"A reading took the time of {_text(statistics.fmean(steps))} steps on average")
     if spent and total:
-        share = f"all {len(spent)} readings {sum(spent) / total:.1%} of the time of training"
+        share = f"all {len(spent)} readings {sum(spent) / total:.1%} of training time"
         found = [f"{found[0]}, {share}" if found else f"{share[0].upper()}{share[1:]}"]
     return [f"{words}." for words in found]
 

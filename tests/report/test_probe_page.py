@@ -158,7 +158,7 @@ def test_run_page_shows_the_gauge(tmp_path: Path) -> None:
     assert "Curvature while training" in page.text
     assert len(page.images) == len(plain.images) + 6
     # Twelve seconds of the 100 of step 10.
-    assert "A reading took the time of 8.00 steps on average, all 6 readings 12.0% of the time of training." in page.text
+    assert "A reading took the time of 8.00 steps on average, all 6 readings 12.0% of training time." in page.text
     assert "No reading at step 4: too <rough>." in page.text
     assert len(page.ids) == len(set(page.ids))
 
