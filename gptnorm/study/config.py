@@ -118,8 +118,7 @@ T = TypeVar("T", bound=StudyConfig)
 
 
 def read_table_of(cls: type[T], recipe: Recipe, overrides: tuple[str, ...]) -> T:
-    """The recipe's `[study]` table with `study.…` arguments over it; without a title it is named after
-    the recipe.
+    """The recipe's `[study]` table with `study.…` arguments over it; a missing title is made of the recipe's name.
 
     Raises:
         UserError: there is none, or it has an unknown key, a wrong value or an entry twice.
