@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gptnorm.data import prepare
 from gptnorm.recipe import load_recipe
-from gptnorm.train.loop import Result, start_run
+from gptnorm.train.result import Result
+from gptnorm.train.run import start_run
 
 
 class Stop(Exception):

@@ -14,7 +14,7 @@ from gptnorm.errors import EXIT_DIVERGED, UserError
 
 if TYPE_CHECKING:
     from gptnorm.config import Config
-    from gptnorm.train.loop import Result
+    from gptnorm.train.result import Result
     from gptnorm.train.stop import StopWish
 
 
@@ -29,8 +29,8 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     """
     from gptnorm.data import prepare
     from gptnorm.recipe import load_recipe
-    from gptnorm.train.loop import start_run
     from gptnorm.train.progress import make_watcher
+    from gptnorm.train.run import start_run
     from gptnorm.train.run_folder import free_run_dir
     from gptnorm.train.stop import StopWish
 
@@ -62,8 +62,8 @@ def resume(run: Path, settings: tuple[str, ...], step: int | None, auto: bool) -
     """
     from gptnorm.data import prepare
     from gptnorm.recipe import adjusted
-    from gptnorm.train.loop import resume_run
     from gptnorm.train.progress import make_watcher
+    from gptnorm.train.run import resume_run
     from gptnorm.train.run_folder import RunFolder
     from gptnorm.train.stop import StopWish
 

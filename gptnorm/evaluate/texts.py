@@ -17,7 +17,7 @@ from gptnorm.data.tokenizer import ByteTokenizer
 from gptnorm.errors import UserError, bad_value
 from gptnorm.evaluate.documents import CHUNK, Document, count_bytes, is_lossless, split_documents
 from gptnorm.evaluate.trained_on import TrainedOn
-from gptnorm.train.loop import VERIFIED_BYTES
+from gptnorm.train.inputs import verify_small
 
 What = Literal["held out", "all"]
 
@@ -91,8 +91,7 @@ def open_own(config: Config, fingerprint: str | None, texts: Sequence[str], watc
                 return Own(shards=None, tokenizer=ByteTokenizer(), missing=error)
             reason = "without the shards or the text it was trained on, the run has no tokenizer"
             raise UserError(f"{error}; {reason}") from None
-    if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
-        shards.verify()
+    verify_small(shards)
     return Own(shards=shards, tokenizer=load_tokenizer(shards.folder) if shards.manifest else None)
 
 

@@ -35,9 +35,10 @@ from gptnorm.study.signal import signal
 from gptnorm.train.blocks import prepare_blocks
 from gptnorm.train.checkpoint import latest_checkpoint, load_model, prune_checkpoints, read_state
 from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
-from gptnorm.train.loop import Result, start_run
 from gptnorm.train.parallel import World
 from gptnorm.train.progress import Watcher
+from gptnorm.train.result import Result
+from gptnorm.train.run import start_run
 from gptnorm.train.validation import validation_loss
 
 

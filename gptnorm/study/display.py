@@ -13,7 +13,7 @@ from gptnorm.report.format import duration_text, value_text
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
-    from gptnorm.train.loop import Result
+    from gptnorm.train.result import Result
 
 
 class Display:

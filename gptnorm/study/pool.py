@@ -31,7 +31,7 @@ from gptnorm.train.stop import SIGNALS
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell
-    from gptnorm.train.loop import Result
+    from gptnorm.train.result import Result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from gptnorm.config import Config
 from gptnorm.data import Sampler, Shards, validation_windows
-from gptnorm.errors import UserError, bad_value
+from gptnorm.errors import SharedError, UserError, bad_value
+from gptnorm.recipe import to_tree
+from gptnorm.tables import flatten
+from gptnorm.train.agree import Group, gathered
+
+VERIFIED_BYTES = 1 << 28
+"""Shards of at most this size are compared with their hashes at every start; `gptnorm verify` does it at any size."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -43,6 +49,22 @@ def check_vocab(config: Config, shards: Shards) -> int:
     if wanted is not None and shards.vocab_size is not None and wanted < shards.vocab_size:
         raise bad_value("model.vocab_size", wanted, f"at least {shards.vocab_size}, the tokenizer's vocabulary")
     return wanted or shards.vocab_size or 0
+
+
+def verify_small(shards: Shards) -> None:
+    """UserError where shards are not what their hashes say, if that is looked up at once."""
+    if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
+        shards.verify()
+
+
+def same_everywhere(config: Config, fingerprint: str, vocab: int, group: Group | None) -> None:
+    """SharedError where processes would train on different texts, or with different settings."""
+    # Where a text lies may differ from machine to machine; what it holds is its fingerprint's.
+    mine = {key: repr(value) for key, value in flatten(to_tree(config)).items() if not key.startswith("data.")}
+    mine["data.path"] = f"a text with fingerprint {fingerprint[:12]} and a vocabulary of {vocab}"
+    for key, values in gathered(mine, group).items():
+        if others := set(values) - {values[0]}:
+            raise SharedError(f"{key}: {values[0]} on the first process of the run, {min(others)} on another")
 
 
 def open_batches(config: Config, shards: Shards) -> tuple[Sampler, list[np.ndarray]]:

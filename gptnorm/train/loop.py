@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptnorm.config import Config
 from gptnorm.curvature.gauge import Gauge, flat
 from gptnorm.data import Shards
-from gptnorm.environment import describe_environment
 from gptnorm.errors import SharedError, UserError, bad_value
 from gptnorm.model import GPT, build_gpt
 from gptnorm.model.moe import Routing, describe_routing
-from gptnorm.recipe import adjusted, to_tree
-from gptnorm.tables import flatten
-from gptnorm.train.agree import cpu_group, gathered, is_loss_of_another, largest, on_first, together
+from gptnorm.train.agree import cpu_group, is_loss_of_another, largest, together
 from gptnorm.train.checkpoint import load_checkpoint, model_tensors
+from gptnorm.train.feed import Feed
 from gptnorm.train.guard import Guard
-from gptnorm.train.inputs import autocast, check_vocab, open_batches, to_device, within_memory
+from gptnorm.train.inputs import autocast, check_vocab, open_batches, same_everywhere, verify_small
 from gptnorm.train.monitors import TensorBoard
 from gptnorm.train.nonfinite import first_nonfinite
 from gptnorm.train.optim import build_optimizer
 from gptnorm.train.pace import Pace
-from gptnorm.train.parallel import World, clip_gradients, close_world, mean_over_data, open_world, parallelize
+from gptnorm.train.parallel import World, clip_gradients, mean_over_data, parallelize
 from gptnorm.train.progress import Silent, Watcher
-from gptnorm.train.resume import choose_checkpoint
+from gptnorm.train.result import Result
 from gptnorm.train.run_folder import RunFolder, Status
 from gptnorm.train.saver import Saver
 from gptnorm.train.schedule import lr_factor
@@ -43,126 +39,11 @@ from gptnorm.train.stop import StopWish
 from gptnorm.train.validation import validation_loss
 from gptnorm.train.watch import Watch, summarize
 
-VERIFIED_BYTES = 1 << 28
-"""Shards of at most this size are compared with their hashes at every start; `gptnorm verify` does it at any size."""
-
-
 _FAILED = 1 << 16
 """Stands among the numbers of signals for a checkpoint that could not be written."""
 
-After = Callable[[Path, "Result"], None]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """How a run ended."""
-
-    status: Status
-    step: int
-    """Updates done, those that were left out counted."""
-    val_loss: float | None
-    """Validation loss in nats per token after the last update; None if there was none."""
-    reason: str | None
-    """What was non-finite first, if it diverged; the signal, if one stopped it."""
-    parameters: int
-    seconds: float
-    """Wall-clock time of the loop without its validations, resumed parts added up."""
-    skipped: int = 0
-    """Updates left out (`guard.sigmas`)."""
-
-
-@contextlib.contextmanager
-def _opened_world(config: Config) -> Iterator[World]:
-    world = open_world(config)
-    try:
-        yield world
-    except SharedError:
-        close_world(world)
-        raise
-    except BaseException:
-        # NCCL's groups wait for all processes before they close, and the others know nothing of this error.
-        if world.device.type != "cuda":
-            close_world(world)
-        raise
-    close_world(world)
-
-
-def start_run(
-    config: Config,
-    shards: Shards,
-    path: Path,
-    watcher: Watcher | None = None,
-    stop: StopWish | None = None,
-    after: After | None = None,
-) -> Result:
-    """Trains a new run into `path`; everything that can be wrong with the input is found before it is made.
-
-    Args:
-        stop: looked at after every step; once it names a signal, a checkpoint is written and the run ends.
-        after: what the first process does with the folder and the result while the others wait.
-    """
-    with _opened_world(config) as world, within_memory(config):
-        trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
-        # Each process may have found another free folder.
-        folder = RunFolder(on_first(lambda: path, trainer.group), writes=world.main)
-        on_first(lambda: folder.begin(config, describe_environment(trainer.device)), trainer.group)
-        return _finished(trainer, folder, after)
-
-
-def resume_run(
-    path: Path,
-    shards: Shards,
-    watcher: Watcher | None = None,
-    stop: StopWish | None = None,
-    *,
-    after: After | None = None,
-    step: int | None = None,
-    auto: bool = False,
-    settings: Sequence[str] = (),
-) -> Result:
-    """Continues a run from its newest checkpoint.
-
-    Args:
-        settings: `key=value` arguments that hold for this part of the run; see `gptnorm.recipe.HOW`.
-        after: as for `start_run`.
-        step: of another checkpoint; the later ones are set aside. 0: the beginning, which needs none.
-        auto: if the newest is damaged, take the newest that is not, and set the later ones aside.
-
-    Raises:
-        UserError: there is no checkpoint, or it is damaged, or another process is at work; nothing was changed.
-    """
-    config = adjusted(RunFolder.open(path).config(), settings)
-    with _opened_world(config) as world, within_memory(config):
-        trainer = _Trainer(config, shards, world, watcher or Silent(), stop)
-        folder = RunFolder.open(path, writes=world.main)
-        on_first(folder.lock, trainer.group)
-        try:
-            if step != 0:
-                trainer.restore(choose_checkpoint(folder.checkpoints, trainer.group, step=step, auto=auto))
-            here = describe_environment(trainer.device)
-            on_first(lambda: folder.rewind(trainer.step, here, settings), trainer.group)
-        except OSError as error:
-            folder.close()
-            raise _unwritable(folder, error) from None
-        except BaseException:
-            folder.close()
-            raise
-        return _finished(trainer, folder, after)
-
-
-def _finished(trainer: _Trainer, folder: RunFolder, after: After | None) -> Result:
-    result = trainer.run(folder)
-    if after is not None:
-        # Nobody leaves before the first process has written its report: torchrun ends all once one has gone.
-        on_first(lambda: after(folder.path, result), trainer.group)
-    return result
-
-
-def _unwritable(folder: RunFolder, error: OSError) -> UserError:
-    return UserError(f"{folder.path}: cannot be written ({error.strerror or error})")
-
-
-class _Trainer:
+class Trainer:
     """One run in memory, or one process's share of it."""
 
     def __init__(
@@ -179,11 +60,11 @@ class _Trainer:
         self.device = world.device
         with together(self.group):
             self.vocab = check_vocab(config, shards)
-            if shards.train.nbytes + shards.val.nbytes <= VERIFIED_BYTES:
-                shards.verify()
-            self.sampler, self.validation = open_batches(config, shards)
+            verify_small(shards)
+            sampler, self.validation = open_batches(config, shards)
+        self.feed = Feed(config, sampler, world, self.vocab)
         self.fingerprint = shards.fingerprint
-        self._agree()
+        same_everywhere(config, self.fingerprint, self.vocab, self.group)
         self.model = _build(config, self.vocab, world)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.guard = Guard(config.guard, self.device)
@@ -200,15 +81,6 @@ class _Trainer:
         """The last one."""
         self.best: tuple[float, int] | None = None
         """The lowest validation loss so far, and its step."""
-
-    def _agree(self) -> None:
-        """SharedError where processes would train on different texts, or with different settings."""
-        # Where a text lies may differ from machine to machine; what it holds is its fingerprint's.
-        mine = {key: repr(value) for key, value in flatten(to_tree(self.config)).items() if not key.startswith("data.")}
-        mine["data.path"] = f"a text with fingerprint {self.fingerprint[:12]} and a vocabulary of {self.vocab}"
-        for key, values in gathered(mine, self.group).items():
-            if others := set(values) - {values[0]}:
-                raise SharedError(f"{key}: {values[0]} on the first process of the run, {min(others)} on another")
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes and does not follow from config and step, as batches, rates and random numbers do."""
@@ -254,7 +126,7 @@ class _Trainer:
             with contextlib.suppress(OSError):
                 folder.set_status("interrupted", self.step, skipped=self.guard.skipped)
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise _unwritable(folder, error) from None
+                raise folder.unwritable(error) from None
             if self.group is not None and is_loss_of_another(error):
                 raise UserError(f"{folder.path}: another process of the run has gone; it can be resumed") from None
             raise
@@ -304,7 +176,7 @@ class _Trainer:
     def _update(self, folder: RunFolder, board: TensorBoard, started: float) -> None:
         """One update of the weights, unless the guard leaves it out."""
         config, update, began = self.config, self.step + 1, time.monotonic()
-        micros = self._micro_batches(self.step)
+        micros = self.feed.micro_batches(self.step)
         if self.step == 0:
             with self._autocast():
                 self.model.calibrate(micros[0])
@@ -312,7 +184,7 @@ class _Trainer:
         loss = torch.zeros((), device=self.device)
         routings = []
         for number, tokens in enumerate(micros):
-            self._seed_dropout(number)
+            self.feed.seed_dropout(self.step, number)
             with self._autocast():
                 objective = self.model.objective(tokens)
             (objective.total / len(micros)).backward()
@@ -357,7 +229,7 @@ class _Trainer:
         if not self.gauge.due(update):
             return {}
         began = time.monotonic()
-        reading = self.gauge.read(self._gauged(), lr)
+        reading = self.gauge.read(self.feed.gauged(self.step), lr)
         if "gauge_refused" in reading and not self.refused:
             self.refused = True
             self.watcher.note(update, f"gauge: no reading: {reading['gauge_refused']}")
@@ -366,14 +238,6 @@ class _Trainer:
         if self.pace.step is not None:
             cost["gauge_steps"] = float(f"{seconds / self.pace.step:.3g}")
         return {**reading, **cost}
-
-    def _gauged(self) -> Tensor:
-        """This process's rows of the sequences that the gauge reads: the first ones, whatever the layout."""
-        world, train = self.world, self.config.train
-        rows = self.sampler.batch(self.step)[: train.batch_size // train.accumulate]
-        count = world.data_size * -(-self.config.gauge.sequences // world.data_size)
-        own = np.split(rows[:count], world.data_size)[world.data_rank]
-        return to_device(own, self.vocab, self.device)
 
     def _logs(self, update: int) -> bool:
         return self._due(self.config.train.log_every, update) or update == self.config.train.steps
@@ -384,28 +248,15 @@ class _Trainer:
         now_and_then = self.watch.due(update) or self.gauge.due(update)
         return self._logs(update) or now_and_then or any(self._due(every, update) for every in rests)
 
-    def _micro_batches(self, step: int) -> list[Tensor]:
-        """This process's rows of each micro-batch."""
-        world = self.world
-        parts = np.split(self.sampler.batch(step), self.config.train.accumulate)
-        rows = [np.split(part, world.data_size)[world.data_rank] for part in parts]
-        return [to_device(part, self.vocab, self.device) for part in rows]
-
-    def _seed_dropout(self, number: int) -> None:
-        """Random numbers of a micro-batch follow from the seed and its place, so that no generator has to be saved."""
-        if self.config.model.dropout:
-            words = f"dropout/{self.config.seed}/{self.step}/{number}/{self.world.data_rank}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little") >> 1)
-
     def _explain(self) -> str:
         """Names what was non-finite first, micro-batch by micro-batch, without the compiler."""
         if self.world.mesh is not None:
             return "loss or norm of the gradient"
-        micros = self._micro_batches(self.step)
+        micros = self.feed.micro_batches(self.step)
 
         def repeat(number: int) -> Callable[[], Tensor]:
             def loss() -> Tensor:
-                self._seed_dropout(number)
+                self.feed.seed_dropout(self.step, number)
                 with self._autocast():
                     return self.model.objective(micros[number]).total
 

@@ -186,6 +186,10 @@ class RunFolder:
         except FileNotFoundError:
             return {"status": "running", "step": 0, "val_loss": None, "reason": None}
 
+    def unwritable(self, error: OSError) -> UserError:
+        """What a user is told of it: a full disk, for one."""
+        return UserError(f"{self.path}: cannot be written ({error.strerror or error})")
+
     def close(self) -> None:
         """Closes the files and lets go of the lock."""
         try:

@@ -17,8 +17,8 @@ from gptnorm.config import MoEConfig, OptimConfig
 from gptnorm.data import prepare
 from gptnorm.model.moe import frozen_routing, reference_experts
 from gptnorm.recipe import load_recipe
-from gptnorm.train.loop import resume_run, start_run
 from gptnorm.train.optim import build_optimizer
+from gptnorm.train.run import resume_run, start_run
 
 
 def test_second_derivatives_of_the_grouped_path() -> None:

@@ -29,8 +29,8 @@ from gptnorm.study.join import join_studies
 from gptnorm.study.ledger import Ledger, OtherStudy
 from gptnorm.study.run import run_study
 from gptnorm.study.tolerance import Tolerance
-from gptnorm.train.loop import start_run
 from gptnorm.train.progress import Silent
+from gptnorm.train.run import start_run
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -19,7 +19,7 @@ from gptnorm.data import Sampler, prepare
 from gptnorm.errors import UserError
 from gptnorm.probe.source import open_source
 from gptnorm.recipe import load_recipe
-from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.run import resume_run, start_run
 from gptnorm.train.run_folder import RunFolder
 from gptnorm.train.schedule import lr_factor
 

@@ -10,8 +10,8 @@ from cases import CASES, ROWS
 
 from gptnorm.data import prepare
 from gptnorm.recipe import load_recipe
-from gptnorm.train import loop
-from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.loop import Trainer
+from gptnorm.train.run import resume_run, start_run
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ def test_compiled_bf16_is_close_to_eager(recipe, tmp_path, strategy, moe):
 
 def test_no_step_waits_for_the_device(recipe, tmp_path, monkeypatch):
     """Between the steps that are logged; CUDA itself would raise at the first wait."""
-    real, guarded = loop._Trainer._update, []
+    real, guarded = Trainer._update, []
 
     def update(trainer, *args):
         if trainer.step in range(3, 8):  # the first ones load kernels
@@ -63,7 +63,7 @@ def test_no_step_waits_for_the_device(recipe, tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loop._Trainer, "_update", update)
+    monkeypatch.setattr(Trainer, "_update", update)
     settings = ("train.steps=9", "train.log_every=9", "train.eval_every=0", "checkpoint.every=0", "watch.every=0")
     result, _ = train(recipe, tmp_path / "run", *settings, "guard.sigmas=6", "guard.window=16")
     assert (result.status, guarded) == ("finished", [3, 4, 5, 6, 7])

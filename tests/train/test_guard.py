@@ -17,8 +17,11 @@ from gptnorm.config import GuardConfig
 from gptnorm.data import prepare
 from gptnorm.recipe import load_recipe
 from gptnorm.report.html import write_run_report
-from gptnorm.train import loop
 from gptnorm.train.guard import Guard
+from gptnorm.train.loop import Trainer
+from gptnorm.train.parallel import open_world
+from gptnorm.train.progress import Silent
+from gptnorm.train.run_folder import RunFolder
 
 VALUES = st.floats(min_value=1e-3, max_value=1e3) | st.sampled_from([math.nan, math.inf])
 
@@ -49,11 +52,11 @@ def test_judges_as_plain_numpy(pairs, sigmas):
 
 def trainer_of(recipe, *changes):
     config = load_recipe(str(recipe)).resolve(changes)
-    return loop._Trainer(config, prepare(config.data), loop.open_world(config), loop.Silent())
+    return Trainer(config, prepare(config.data), open_world(config), Silent())
 
 
 def run(trainer, path):
-    folder = loop.RunFolder(path)
+    folder = RunFolder(path)
     folder.begin(trainer.config, {})
     return trainer.run(folder)
 

@@ -16,11 +16,16 @@ from stopping import Stop, StopAt, train
 from gptnorm.config import Config
 from gptnorm.data import prepare
 from gptnorm.errors import SharedError, UserError
+from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.strategies.base import BranchScale
 from gptnorm.train import agree, loop
-from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train import run as run_module
 from gptnorm.train.nonfinite import first_nonfinite
+from gptnorm.train.parallel import open_world
+from gptnorm.train.progress import Silent
+from gptnorm.train.run import resume_run, start_run
+from gptnorm.train.run_folder import RunFolder
 
 
 def lines(path):
@@ -74,7 +79,7 @@ def test_validation_is_the_mean_over_the_held_out_windows(recipe, tmp_path, text
     result = train(recipe, tmp_path / "run", "optim.lr=0", "train.steps=1", "train.eval_sequences=12", size)
     config = load_recipe(str(recipe)).resolve()
     shards = prepare(config.data)
-    model = loop.build_gpt(config, vocab=257)
+    model = build_gpt(config, vocab=257)
     val = torch.from_numpy(shards.val.astype(np.int64))
     count = (len(val) - 1) // 16
     starts = [i * count // 12 * 16 for i in range(12)]
@@ -162,7 +167,7 @@ def test_resume_refuses_other_text(recipe, tmp_path, text):
 def test_divergence_stops_before_the_update(recipe, tmp_path, monkeypatch):
     """Gradients are spoilt at step 3; the weights must be those after step 2, and the file stays JSON."""
     config = load_recipe(str(recipe)).resolve()
-    trainer = loop._Trainer(config, prepare(config.data), loop.open_world(config), loop.Silent())
+    trainer = loop.Trainer(config, prepare(config.data), open_world(config), Silent())
     kept = {}
     weight = trainer.model.blocks[0].own.attn_norm.gain
 
@@ -173,7 +178,7 @@ def test_divergence_stops_before_the_update(recipe, tmp_path, monkeypatch):
         return grad
 
     weight.register_hook(spoil)
-    folder = loop.RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
     folder.begin(config, {})
     result = trainer.run(folder)
     assert (result.status, result.step, result.val_loss) == ("diverged", 2, None)
@@ -263,9 +268,9 @@ def test_compiled_run_gives_the_same_losses(recipe, tmp_path):
 def test_nccl_s_groups_are_not_closed_on_an_error_of_one_process(monkeypatch, device, error):
     """NCCL waits there for the other processes, which know nothing of it, so that it would never be told."""
     closed = []
-    monkeypatch.setattr(loop, "open_world", lambda config: SimpleNamespace(device=torch.device(device)))
-    monkeypatch.setattr(loop, "close_world", closed.append)
-    with contextlib.suppress(UserError, KeyboardInterrupt), loop._opened_world(Config()):
+    monkeypatch.setattr(run_module, "open_world", lambda config: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(run_module, "close_world", closed.append)
+    with contextlib.suppress(UserError, KeyboardInterrupt), run_module._opened_world(Config()):
         if error is not None:
             raise error
     waits = device == "cuda" and not (error is None or isinstance(error, SharedError))

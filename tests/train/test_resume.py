@@ -12,12 +12,16 @@ from stopping import Stop, StopAt, train
 
 from gptnorm.data import prepare
 from gptnorm.errors import UserError
+from gptnorm.model import build_gpt
 from gptnorm.probe.source import open_source
 from gptnorm.recipe import load_recipe
-from gptnorm.train import loop
+from gptnorm.train import run as run_module
 from gptnorm.train.checkpoint import checkpoint_at, load_model
 from gptnorm.train.inputs import open_batches
-from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.loop import Trainer
+from gptnorm.train.parallel import open_world
+from gptnorm.train.progress import Silent
+from gptnorm.train.run import resume_run, start_run
 from gptnorm.train.run_folder import RunFolder
 
 
@@ -90,11 +94,11 @@ def test_constants_of_norms_are_measured_once_at_the_beginning(recipe, tmp_path)
     shards = prepare(config.data)
 
     def constants(step):
-        model = loop.build_gpt(config, vocab=257)
+        model = build_gpt(config, vocab=257)
         load_model(checkpoint_at(tmp_path / "run/checkpoints", step), model)
         return {name: tensor.item() for name, tensor in model.named_buffers()}
 
-    first = loop.build_gpt(config, vocab=257)
+    first = build_gpt(config, vocab=257)
     rows = open_batches(config, shards)[0].batch(0)[:2]
     first.calibrate(torch.from_numpy(rows))
     expected = {name: tensor.item() for name, tensor in first.named_buffers()}
@@ -116,12 +120,11 @@ def test_dropout_does_something_and_each_step_has_its_own(recipe, tmp_path):
     assert all(x["loss"] != y["loss"] for x, y in zip(a, b, strict=True) if x["split"] == "train")
     assert a[-1]["loss"] == b[-1]["loss"], "validation has no dropout"
     config = load_recipe(str(recipe)).resolve(["model.dropout=0.3"])
-    trainer = loop._Trainer(config, prepare(config.data), loop.open_world(config), loop.Silent())
-    batch = trainer._micro_batches(0)[0]
+    trainer = Trainer(config, prepare(config.data), open_world(config), Silent())
+    batch = trainer.feed.micro_batches(0)[0]
 
     def loss(step, number):
-        trainer.step = step
-        trainer._seed_dropout(number)
+        trainer.feed.seed_dropout(step, number)
         return trainer.model.objective(batch).loss.item()
 
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
@@ -145,8 +148,8 @@ def test_where_it_went_on_is_recorded_once(recipe, tmp_path, monkeypatch):
     shards = prepare(config.data)
     with pytest.raises(Stop):
         start_run(config, shards, tmp_path / "run", StopAt(2))
-    real = loop.describe_environment
-    monkeypatch.setattr(loop, "describe_environment", lambda device: {**real(device), "torch": "9.9"})
+    real = run_module.describe_environment
+    monkeypatch.setattr(run_module, "describe_environment", lambda device: {**real(device), "torch": "9.9"})
     for stop in (3, 5):
         with pytest.raises(Stop):
             resume_run(tmp_path / "run", shards, StopAt(stop))

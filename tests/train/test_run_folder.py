@@ -14,7 +14,7 @@ from gptnorm.data import prepare
 from gptnorm.errors import UserError
 from gptnorm.recipe import adjusted, load_recipe
 from gptnorm.train.lock import FolderLock
-from gptnorm.train.loop import resume_run, start_run
+from gptnorm.train.run import resume_run, start_run
 from gptnorm.train.run_folder import RunFolder
 
 

@@ -15,10 +15,11 @@ from torch._dynamo.utils import counters
 
 from gptnorm.config import WatchConfig
 from gptnorm.data import Sampler, prepare
+from gptnorm.model import build_gpt
 from gptnorm.norms import LearnedScale
 from gptnorm.recipe import load_recipe
 from gptnorm.train.checkpoint import load_model
-from gptnorm.train.loop import build_gpt, resume_run, start_run
+from gptnorm.train.run import resume_run, start_run
 from gptnorm.train.watch import Watch, summarize
 
 ON, OFF = "watch.every=1", "watch.every=0"
