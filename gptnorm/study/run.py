@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from gptnorm.study.ledger import Ledger, text_of
 from gptnorm.study.pool import Outcome, run_cells
 from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, naming, prepare_texts
-from gptnorm.study.workers import workers_for
+from gptnorm.study.workers import Workers, workers_for
 from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
 
 Lines = Mapping[str, Mapping[str, Any]]
@@ -116,43 +117,64 @@ def run_study(
         if ledger.earlier is not None and not fresh:
             study = kind.grown(study, ledger.earlier, said_keys(recipe, overrides))
         plan = kind.plan(recipe, study, overrides)
-        config = plan.samples[0].config
         line = shlex.join(["gptnorm", *(kind.words if command is None else command), name, *overrides])
         with console.status("preparing the text …"):
-            texts = prepare_texts(plan.samples)
-            _check(plan.samples, texts)
-            device = resolve_device(config.train.device)
-            vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
-            workers = workers_for(plan.samples, device, vocab, study.workers)
-            environment = describe_environment(device)
-            environment["threads"] = workers.threads or config.train.threads or environment["threads"]
-            # Counts every token for the unigram entropy.
-            facts = describe_study(recipe, plan, texts, overrides, line, environment)
+            ready = _prepare(recipe, plan, overrides, line)
         if fresh and ledger.earlier is not None:
             folder = ledger.move_aside()
             stack.close()
             ledger = stack.enter_context(Ledger(folder))
-        (place,) = ledger.begin(facts)
+        _make_what_is_missing(kind.part, plan, ledger, ready, console)
+    return folder
 
-        def wanted() -> list[Cell]:
-            return plan.wanted(ledger.done, lambda line: text_of(facts, line.get("place") or {}).get("unigram_entropy"))
 
-        ledger.complete(not wanted() and kind.part == (1, 1))
-        if not wanted():
-            if not ledger.done:
-                console.print(f"part {part_name(kind.part)}: no run falls to it, the study has fewer shares than that")
-            return folder
-        folders = {name: shards.folder for name, shards in texts.items()}
+@dataclass(frozen=True)
+class _Ready:
+    """What a plan needs to be run, all of it checked."""
+
+    texts: Texts
+    workers: Workers
+    facts: Facts
+    """What `study.json` says."""
+
+
+def _prepare(recipe: Recipe, plan: Plan, overrides: tuple[str, ...], line: str) -> _Ready:
+    """UserError for whatever can be wrong with texts, models and device."""
+    config = plan.samples[0].config
+    texts = prepare_texts(plan.samples)
+    _check(plan.samples, texts)
+    device = resolve_device(config.train.device)
+    vocab = max(check_vocab(cell.config, texts[cell.text]) for cell in plan.samples)
+    workers = workers_for(plan.samples, device, vocab, plan.study.workers)
+    environment = describe_environment(device)
+    environment["threads"] = workers.threads or config.train.threads or environment["threads"]
+    # Counts every token for the unigram entropy.
+    return _Ready(texts, workers, describe_study(recipe, plan, texts, overrides, line, environment))
+
+
+def _make_what_is_missing(part: Part, plan: Plan, ledger: Ledger, ready: _Ready, console: Console) -> None:
+    """Every cell that the plan wants and that has no line yet, each with its line as it ends."""
+    (place,) = ledger.begin(ready.facts)
+
+    def entropy(line: Mapping[str, Any]) -> float | None:
+        return text_of(ready.facts, line.get("place") or {}).get("unigram_entropy")
+
+    def wanted() -> list[Cell]:
+        return plan.wanted(ledger.done, entropy)
+
+    if wanted():
+        folders = {name: shards.folder for name, shards in ready.texts.items()}
         spent = _Stopwatch()
         try:
-            for cell, outcome in run_cells(wanted, folders, folder, workers, console):
+            for cell, outcome in run_cells(wanted, folders, ledger.folder, ready.workers, console):
                 ledger.add(cell.folder, environment=place, **cell.facts, **_line(outcome))
                 # What a kill takes away is the time since the last run that ended.
                 ledger.spent(spent.seconds())
         finally:
             ledger.spent(spent.seconds())
-        ledger.complete(not wanted() and kind.part == (1, 1))
-    return folder
+    elif not ledger.done:
+        console.print(f"part {part_name(part)}: no run falls to it, the study has fewer shares than that")
+    ledger.complete(not wanted() and part == (1, 1))
 
 
 class _Stopwatch:
