@@ -123,7 +123,6 @@ def scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 PAGES_OF_SCRIPTS = [
     ("catalogue", "catalogue.md"),
     ("controls", "controls.md"),
-    ("deep_stacks", "deep-stacks.md"),
     ("experts", "experts.md"),
 ]
 
