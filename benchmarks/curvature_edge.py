@@ -19,7 +19,7 @@ from typing import Any
 from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.curvature.adam import stability_threshold
-from gptnorm.report.format import lr_text, short_text
+from gptnorm.format import lr_text, short_text
 from gptnorm.report.tolerance_ledger import load_tolerance
 
 LOW = 3e-3

@@ -13,9 +13,9 @@ from typing import Any
 
 from curvature_runs import Subject, fill, header, load, measure, row
 
+from gptnorm.format import MISSING
 from gptnorm.report.curvature_tables import slot_ratio
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING
 from gptnorm.study.measures import geometric_mean
 
 RATES = {(32, 4): "3e-2", (64, 4): "1e-2", (128, 4): "5.48e-3", (64, 16): "5.48e-3"}

@@ -17,10 +17,10 @@ from typing import Any
 from curvature_runs import Subject, fill, header, load, measure, row
 
 from gptnorm.files import write_atomic
+from gptnorm.format import MISSING
 from gptnorm.report.curvature_plots import spectrum
 from gptnorm.report.curvature_tables import curvature_sheets, slot_ratio
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING
 from gptnorm.report.panels import Panel, draw
 from gptnorm.study.measures import Estimate, geometric_mean, mean_of
 

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from gptnorm.files import write_atomic
 from gptnorm.report import load_study, markdown_table
-from gptnorm.report.gaps import Gap
-from gptnorm.report.results import Cell
+from gptnorm.report.results import RunLine
 from gptnorm.statistics import sample_sd
 from gptnorm.study.grid import Grid
+from gptnorm.study.measures import paired_difference
 from gptnorm.study.run import run_study
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -52,13 +52,11 @@ def ledger_sections(folders: Iterable[Path], title: str = "") -> list[str]:
 
 def gap_text(losses: dict[int, float | None], reference: dict[int, float | None]) -> str:
     """Mean difference and its 95 % paired t-interval, seed by seed; a dash where a seed of either diverged."""
-    differences = [a - b for seed, a in losses.items() if a is not None and (b := reference.get(seed)) is not None]
-    if len(differences) < len(SEEDS):
+    ours, theirs = ({seed: loss for seed, loss in of.items() if loss is not None} for of in (losses, reference))
+    gap = paired_difference(ours, theirs)
+    if gap is None or gap.seeds < len(SEEDS):
         return "–"
-    mean = sum(differences) / len(differences)
-    gap = Gap(strategy="", reference="", mean=mean, sd=sample_sd(differences), seeds=len(differences))
-    assert gap.interval is not None
-    return f"{mean:+.3f} [{gap.interval[0]:+.3f}, {gap.interval[1]:+.3f}]"
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,7 @@ class Comparison:
         tables = ledger_sections(sorted(path.parent for path in root.glob(f"{self.prefix}-*/study.json")))
         return head + "\n".join(lines) + "\n" + notes + "\n" + "\n".join(tables)
 
-    def _cells(self, root: Path, row: Row, part: str) -> list[Cell]:
+    def _cells(self, root: Path, row: Row, part: str) -> list[RunLine]:
         folders = sorted(path.parent for path in root.glob(f"{self.prefix}-{row.name}-{part}*/study.json"))
         return [cell for folder in folders for cell in load_study(folder).cells]
 

@@ -90,7 +90,7 @@ def warn(config: Config) -> None:
 
 def finish(path: Path, result: Result) -> None:
     """Writes the run's report and says how it ended."""
-    from gptnorm.report.format import plural
+    from gptnorm.format import plural
     from gptnorm.report.html import write_run_report
 
     try:

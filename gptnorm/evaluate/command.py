@@ -23,10 +23,10 @@ from gptnorm.evaluate.numbers import Score
 from gptnorm.evaluate.score import Mode, Reach, Scorer
 from gptnorm.evaluate.texts import Own, Text, open_own, open_text, own_text, refuse_unknown_ids
 from gptnorm.evaluate.trained_on import TrainedOn
+from gptnorm.format import count_text, plural, spread_text
 from gptnorm.model import GPT
 from gptnorm.probe.show import plain
 from gptnorm.recipe import changed, parse_overrides, to_tree
-from gptnorm.report.format import count_text, plural, spread_text
 from gptnorm.tables import flatten
 from gptnorm.train.inputs import check_vocab, resolve_device, within_memory
 from gptnorm.train.run_folder import RunFolder

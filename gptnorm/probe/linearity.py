@@ -12,7 +12,7 @@ affine map of its input tells anything about. Directions in which x varies $10^{
 x is what the wiring hands to the feed-forward: after the norm where a strategy norms before the branch, the bare stream
 where it does not. A norm inside the branch thus counts as part of its nonlinearity, one before it does not.
 
-Source: ours. SimpleGPT credits part of its gain to more effective nonlinearity (simplegpt.md §5.1) without a measure.
+Source: ours. SimpleGPT credits part of its gain to more effective nonlinearity (arXiv 2602.01212) without a measure.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gptnorm.environment import describe_environment
+from gptnorm.format import digits_text, evenly_chosen, plural
 from gptnorm.probe.reading import Probe
 from gptnorm.probe.source import DTypeName, Source
 from gptnorm.recipe import to_tree
-from gptnorm.report.format import plural
 
 SHOWN_BLOCKS = 12
 """Blocks in a terminal table; the JSON has all."""
@@ -58,11 +58,11 @@ def print_probe(source: Source, found: Probe, dtype: DTypeName, console: Console
     for line in (
         f"{model.strategy} on {model.backbone}, {when}: {blocks} of width {source.model.shape.d}; "
         f"{batch} x {length - 1} tokens of {source.text}, {dtype}",
-        f"loss {found.loss:.4f}, largest variance {number(found.max_variance)}, gradient of x_1 over that of x_L "
-        f"{number(found.gradient_ratio)}, stream before block 1: RMS {number(found.start)}",
+        f"loss {found.loss:.4f}, largest variance {digits_text(found.max_variance)}, gradient of x_1 over that of x_L "
+        f"{digits_text(found.gradient_ratio)}, stream before block 1: RMS {digits_text(found.start)}",
     ):
         console.print(line, highlight=False, markup=False)
-    shown = chosen(len(found.blocks))
+    shown = evenly_chosen(len(found.blocks), SHOWN_BLOCKS)
     roles = list(found.blocks[0].slots)
 
     signal = _table(
@@ -71,14 +71,14 @@ def print_probe(source: Source, found: Probe, dtype: DTypeName, console: Console
     for layer in shown:
         b = found.blocks[layer]
         values = (b.stream, b.attn, b.ffn, b.grad, b.q_over_v, b.k_over_v, b.cosine, b.token_cosine)
-        signal.add_row(str(layer + 1), *map(number, (*values, max(b.logit_bound), max(b.logit_max))))
+        signal.add_row(str(layer + 1), *map(digits_text, (*values, max(b.logit_bound), max(b.logit_max))))
     tables, raw = [signal], []
     for title, key in (
         ("RMS of W x", "raw"),
         ("RMS after norms and scales", "used"),
         ("Gradient norms of the weights", "grad"),
     ):
-        rows = [[number(getattr(found.blocks[layer].slots[role], key)) for role in roles] for layer in shown]
+        rows = [[digits_text(getattr(found.blocks[layer].slots[role], key)) for role in roles] for layer in shown]
         if key == "used" and rows == raw:
             # Nothing follows the linear maps.
             continue
@@ -89,20 +89,8 @@ def print_probe(source: Source, found: Probe, dtype: DTypeName, console: Console
     for table in tables:
         console.print()
         console.print(table)
-    ends = ", ".join(f"{role} {number(slot.grad)}" for role, slot in found.ends.items())
+    ends = ", ".join(f"{role} {digits_text(slot.grad)}" for role, slot in found.ends.items())
     console.print(f"\ngradient norms at the ends: {ends}", highlight=False)
-
-
-def chosen(count: int, most: int = SHOWN_BLOCKS) -> list[int]:
-    """At most `most` of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a dash where there is no number."""
-    return "–" if value is None or math.isnan(value) else f"{value:#.3g}".rstrip(".")
 
 
 def _table(title: str, columns: list[str]) -> Table:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from gptnorm.report.budgets import Curve, around, at_equal_time, speed_up, tried
+from gptnorm.format import MISSING, settings_text
+from gptnorm.report.budgets import LossByBudget, around, at_equal_time, speed_up, tried
 from gptnorm.report.estimates import difference_entry, marked, ratio_entry
-from gptnorm.report.format import MISSING
-from gptnorm.report.grids import Entry, Grid
+from gptnorm.report.grids import Entry, TextTable
 from gptnorm.report.tolerance import Place, ToleranceStudy
 
 AXIS = "train.steps"
@@ -19,9 +19,9 @@ Budgets = dict[float, Place]
 """Places that differ in the number of steps alone."""
 
 
-def budget_grids(study: ToleranceStudy) -> list[Grid]:
+def budget_grids(study: ToleranceStudy) -> list[TextTable]:
     """Speed-up and the loss after the same time, for each set of budgets."""
-    found: list[Grid | None] = []
+    found: list[TextTable | None] = []
     for name, budgets in _groups(study):
         title = SPEED_UP.format(study.baseline) + (f": {name}" if name else "")
         found.append(_grid(study, title, budgets, _speed_up))
@@ -37,21 +37,20 @@ def _groups(study: ToleranceStudy) -> list[tuple[str, Budgets]]:
         settings = dict(place.told)
         steps = settings.pop(AXIS, None)
         if isinstance(steps, int):
-            name = ", ".join(f"{key} = {value}" for key, value in settings.items())
-            groups.setdefault(name, {})[steps] = place
+            groups.setdefault(settings_text(settings.items()), {})[steps] = place
     return [(name, dict(sorted(budgets.items()))) for name, budgets in groups.items() if len(budgets) > 1]
 
 
 def _grid(
     study: ToleranceStudy, title: str, budgets: Budgets, entry: Callable[[Budgets, str, str, float], Entry]
-) -> Grid | None:
+) -> TextTable | None:
     rows = tuple((name, *(entry(budgets, name, study.baseline, budget) for budget in budgets)) for name in study.others)
     if all(text == MISSING for row in rows for text in row[1:]):
         return None
-    return Grid(title=title, head=("strategy", *(f"at {budget} steps" for budget in budgets)), rows=rows, words=1)
+    return TextTable(title=title, head=("strategy", *(f"at {budget} steps" for budget in budgets)), rows=rows, words=1)
 
 
-def _curves(budgets: Budgets, strategy: str) -> Mapping[int, Curve]:
+def _curves(budgets: Budgets, strategy: str) -> Mapping[int, LossByBudget]:
     """Loss by budget for each reported seed; without the budgets at which a seed failed."""
     found: dict[int, dict[float, float]] = {}
     for budget, place in budgets.items():

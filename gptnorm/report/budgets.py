@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from gptnorm.study.measures import FEWEST_BOUNDED, Estimate, geometric_mean, paired_difference
 
-Curve = Mapping[float, float]
+LossByBudget = Mapping[float, float]
 """Loss by budget."""
 
 
@@ -33,7 +33,7 @@ class Needed(NamedTuple):
     """The smallest budget's loss is lower still, or the largest one's is not low enough."""
 
 
-def needed(curve: Curve, level: float) -> Needed | None:
+def needed(curve: LossByBudget, level: float) -> Needed | None:
     """The first budget at which the loss comes down to `level`; None for a curve without a budget."""
     points = sorted(curve.items())
     if not points:
@@ -47,14 +47,14 @@ def needed(curve: Curve, level: float) -> Needed | None:
     return Needed(points[-1][0], "more than")
 
 
-def tried(curve: Curve, level: float) -> list[float]:
+def tried(curve: LossByBudget, level: float) -> list[float]:
     """The budgets that `needed` rests on: up to the first whose loss is at most `level`, or all."""
     budgets = sorted(curve)
     first = next((index for index, budget in enumerate(budgets) if curve[budget] <= level), len(budgets))
     return budgets[: first + 1]
 
 
-def loss_at(curve: Curve, budget: float) -> float | None:
+def loss_at(curve: LossByBudget, budget: float) -> float | None:
     """The loss at a budget; None outside those of the curve."""
     known = around(curve, budget)
     if not known:
@@ -65,7 +65,7 @@ def loss_at(curve: Curve, budget: float) -> float | None:
     return curve[start] + (curve[end] - curve[start]) * math.log(budget / start) / math.log(end / start)
 
 
-def around(curve: Curve, budget: float) -> list[float]:
+def around(curve: LossByBudget, budget: float) -> list[float]:
     """The budgets of the curve that its loss at `budget` rests on: that one, or the two beside it; none outside."""
     for known in curve:
         if math.isclose(known, budget, rel_tol=1e-9):
@@ -73,7 +73,7 @@ def around(curve: Curve, budget: float) -> list[float]:
     return next(([start, end] for start, end in pairwise(sorted(curve)) if start < budget < end), [])
 
 
-def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float) -> Estimate | None:
+def speed_up(ours: Mapping[int, LossByBudget], theirs: Mapping[int, LossByBudget], budget: float) -> Estimate | None:
     """How many times less of it (fewer steps, less compute) takes us to the baseline's loss at `budget`.
 
     Over the seeds that have both.
@@ -102,7 +102,7 @@ def speed_up(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: flo
 
 
 def at_equal_time(
-    ours: Mapping[int, Curve], theirs: Mapping[int, Curve], budget: float, slowdown: Mapping[int, float]
+    ours: Mapping[int, LossByBudget], theirs: Mapping[int, LossByBudget], budget: float, slowdown: Mapping[int, float]
 ) -> Estimate | None:
     """Our loss minus the baseline's at `budget`, we being given the same time, seed by seed.
 

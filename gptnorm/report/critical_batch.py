@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gptnorm.report.budgets import Curve, Needed, needed, speed_up
+from gptnorm.report.budgets import LossByBudget, Needed, needed, speed_up
 from gptnorm.report.scaling import Spot, best_of, seeds_of_all
 from gptnorm.study.measures import Bound, Bracket, Estimate, mean_rate
 
@@ -59,7 +59,7 @@ def batches_of(spots: Sequence[Spot]) -> list[Batches]:
     return found
 
 
-def _batches(best: Spot, group: Sequence[Spot], curves: Mapping[int, Mapping[int, Curve]]) -> Batches:
+def _batches(best: Spot, group: Sequence[Spot], curves: Mapping[int, Mapping[int, LossByBudget]]) -> Batches:
     theirs, tokens = curves[best.batch], float(best.tokens)
     above = [spot.batch for spot in group if spot.batch >= best.batch]
     brackets = []
@@ -97,7 +97,7 @@ def _inverse(found: Estimate | None) -> Estimate | None:
     return Estimate(value=1 / found.value, low=low, high=high, seeds=found.seeds)
 
 
-def _curves(spots: Sequence[Spot]) -> dict[tuple[object, int], dict[int, Curve]]:
+def _curves(spots: Sequence[Spot]) -> dict[tuple[object, int], dict[int, LossByBudget]]:
     """Loss by tokens for each model and batch, by reported seed; where an optimum is known all of them have one."""
     groups: dict[tuple[object, int], list[Spot]] = {}
     for spot in spots:

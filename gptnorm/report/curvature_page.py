@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gptnorm.format import count_text, evenly_chosen, loss_text
 from gptnorm.records import finite
 from gptnorm.report import page
 from gptnorm.report.curvature_plots import slot_norms, spectrum
 from gptnorm.report.curvature_tables import Sheet, curvature_sheets, general_notes, number_text, slot_ratio
-from gptnorm.report.format import count_text, loss_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 from gptnorm.report.shared import environment_pairs, setting_table
@@ -95,9 +95,8 @@ def _adam_over_steps(readings: Readings) -> list[Markup]:
 
 
 def _spectra(readings: Readings) -> list[Markup]:
-    last = len(readings) - 1
     figures = []
-    for index in sorted({round(i * last / (MOST_SPECTRA - 1)) for i in range(MOST_SPECTRA)}):
+    for index in evenly_chosen(len(readings), MOST_SPECTRA):
         reading = readings[index]
         low, high = (number_text(reading["sharpness"][end]["value"]) for end in ("smallest", "largest"))
         alt = f"Density of the Hessian's eigenvalues at step {reading['step']}, from {low} to {high}."

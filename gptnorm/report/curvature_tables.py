@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gptnorm.format import MISSING, loss_text, lr_text, short_text
 from gptnorm.records import finite
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING, loss_text, lr_text, short_text
 
 UNSURE = 0.1
 """Part of an eigenvalue above which its residual is told."""

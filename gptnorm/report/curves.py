@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptnorm.records import finite, read_lines
-from gptnorm.report.results import Cell, Study
+from gptnorm.report.results import RunLine
 
 Floats = NDArray[np.float64]
 
@@ -77,12 +77,7 @@ def thin(curve: Curve, limit: int = 400) -> Curve:
     return Curve(curve.steps[index], curve.values[index])
 
 
-def study_curves(study: Study) -> dict[tuple[str, float], Curve]:
-    """As `curves_of`, of all runs of a study."""
-    return curves_of(study.folder, study.cells)
-
-
-def curves_of(folder: Path, cells: Iterable[Cell]) -> dict[tuple[str, float], Curve]:
+def curves_of(folder: Path, cells: Iterable[RunLine]) -> dict[tuple[str, float], Curve]:
     """Training loss by (strategy, learning rate), mean over the seeds that left any metrics."""
     found: dict[tuple[str, float], list[Curve]] = {}
     for cell in cells:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gptnorm.format import MISSING, value_text
 from gptnorm.report.estimates import difference_entry, loss_entry, marked
-from gptnorm.report.format import MISSING, value_text
-from gptnorm.report.grids import Entry, Grid
+from gptnorm.report.grids import Entry, TextTable
 from gptnorm.report.tolerance import Place, ToleranceStudy
 
 BESIDE = "Loss minus {}'s on each text, each at its own best rate"
 ON_EACH = "Loss on each text, at the best rate on the own"
 
 
-def elsewhere_grids(study: ToleranceStudy) -> list[Grid]:
+def elsewhere_grids(study: ToleranceStudy) -> list[TextTable]:
     """Every strategy against the baseline on every text, then the losses; none where nothing was evaluated."""
     found = []
     if study.others:
@@ -24,7 +24,7 @@ def elsewhere_grids(study: ToleranceStudy) -> list[Grid]:
 
 def _grid(
     study: ToleranceStudy, title: str, strategies: tuple[str, ...], entry: Callable[[Place, str, str], Entry]
-) -> Grid | None:
+) -> TextTable | None:
     """Rows: places, then texts; columns: strategies."""
     several = len(study.places) > 1
     rows = []
@@ -37,7 +37,7 @@ def _grid(
     if not rows:
         return None
     settings = study.heads if several else ()
-    return Grid(title=title, head=(*settings, "on", *strategies), rows=tuple(rows), words=len(settings) + 1)
+    return TextTable(title=title, head=(*settings, "on", *strategies), rows=tuple(rows), words=len(settings) + 1)
 
 
 def _difference(place: Place, name: str, text: str) -> Entry:

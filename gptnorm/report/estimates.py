@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptnorm.report.format import MISSING, loss_text, short_text
+from gptnorm.format import MISSING, digits_text, loss_text, short_text
 from gptnorm.report.grids import Entry, Stacked
 from gptnorm.study.measures import Bound, Estimate, Kept
 
@@ -12,7 +12,7 @@ EDGE = "edge"
 
 def ratio_text(ratio: float) -> str:
     """A ratio to three significant digits: "3.10", "17.8", "1.52e3"."""
-    return f"{ratio:#.3g}".rstrip(".") if 0.01 <= ratio < 999.5 else short_text(ratio)
+    return digits_text(ratio) if 0.01 <= ratio < 999.5 else short_text(ratio)
 
 
 def difference_text(nats: float) -> str:

@@ -6,55 +6,23 @@ differences is what matters, not the spread of the losses.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-from gptnorm.report.results import Row, Study
-from gptnorm.statistics import sample_sd, t_quantile
+from gptnorm.report.estimates import side
+from gptnorm.report.results import Study
+from gptnorm.study.measures import Estimate, paired_difference
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """Loss of `strategy` minus loss of `reference`, each at its own best learning rate."""
+def paired_gaps(study: Study) -> dict[str, Estimate]:
+    """Loss of every other strategy that has a best minus that of the first of `study.ranked`, in its order.
 
-    strategy: str
-    reference: str
-    mean: float
-    sd: float | None
-    """Sample standard deviation of the paired differences; None for fewer than two seeds."""
-    seeds: int
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % paired t-interval of the mean gap, normal differences assumed; None for one seed."""
-        if self.sd is None:
-            return None
-        half = t_quantile(self.seeds - 1) * self.sd / math.sqrt(self.seeds)
-        return self.mean - half, self.mean + half
-
-    @property
-    def may_be_chance(self) -> bool:
-        """Whether the interval holds zero, or there is none."""
-        return self.interval is None or self.interval[0] <= 0 <= self.interval[1]
-
-
-def paired_gaps(study: Study) -> tuple[Gap, ...]:
-    """The gap of every other strategy that has a best, in the order of `study.ranked`."""
+    Each at its own best learning rate.
+    """
     if not study.ranked:
-        return ()
-    reference, *others = study.ranked
-    return tuple(_gap(row, reference) for row in others)
+        return {}
+    (_, theirs), *others = ((row.strategy, row.best.losses) for row in study.ranked if row.best is not None)
+    gaps = {name: paired_difference(ours, theirs) for name, ours in others}
+    return {name: gap for name, gap in gaps.items() if gap is not None}
 
 
-def _gap(row: Row, reference: Row) -> Gap:
-    assert row.best is not None
-    assert reference.best is not None
-    seeds = sorted(row.best.losses.keys() & reference.best.losses.keys())
-    differences = [row.best.losses[seed] - reference.best.losses[seed] for seed in seeds]
-    return Gap(
-        strategy=row.strategy,
-        reference=reference.strategy,
-        mean=sum(differences) / len(differences),
-        sd=sample_sd(differences),
-        seeds=len(seeds),
-    )
+def may_be_chance(gap: Estimate) -> bool:
+    """Whether its interval holds zero, or there is none."""
+    return not side(gap)

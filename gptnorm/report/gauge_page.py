@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from gptnorm.format import count_text, digits_text
 from gptnorm.records import finite
 from gptnorm.report import page
-from gptnorm.report.format import MISSING, count_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 
@@ -90,7 +90,7 @@ def _cost(lines: list[dict[str, Any]]) -> list[str]:
     total = max((value for row in lines if (value := finite(row.get("seconds")))), default=None)
     found = []
     if steps:
-        found.append(f"A reading took the time of {_text(statistics.fmean(steps))} steps on average")
+        found.append(f"A reading took the time of {digits_text(statistics.fmean(steps))} steps on average")
     if spent and total:
         share = f"all {len(spent)} readings {sum(spent) / total:.1%} of training time"
         found = [f"{found[0]}, {share}" if found else f"{share[0].upper()}{share[1:]}"]
@@ -110,7 +110,7 @@ def _table(reading: dict[str, Any]) -> Markup:
     for slot in _slots([reading]):
         values = [_of(reading, slot, key) for key in columns.values()]
         cells = [*values, _ratio(values[2], values[1])]
-        rows.append([page.head_cell(slot), *(page.data_cell(_text(value)) for value in cells)])
+        rows.append([page.head_cell(slot), *(page.data_cell(digits_text(value)) for value in cells)])
     return page.table("Curvature by slot at the last reading", ["slot", *columns, "‖C‖/‖L‖"], rows, class_="numbers")
 
 
@@ -126,7 +126,3 @@ def _of(row: dict[str, Any], slot: str, key: str) -> float | None:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
-
-
-def _text(value: float | None) -> str:
-    return MISSING if value is None else f"{value:#.3g}".rstrip(".")

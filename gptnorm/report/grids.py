@@ -33,8 +33,8 @@ WHOLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One table."""
+class TextTable:
+    """A grid of text under a title."""
 
     title: str
     head: tuple[str, ...]
@@ -43,7 +43,7 @@ class Grid:
     """Leading columns that hold text; the first heads its row even if it holds a number."""
 
 
-def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str], answer: Sequence[str] = ()) -> Group:
+def rich_grids(title: str, grids: Sequence[TextTable], notes: Sequence[str], answer: Sequence[str] = ()) -> Group:
     """Tables and notes for the terminal, what they say first; print it with a `rich.console.Console`."""
     parts: list[Table | Text] = [Text(title, style="bold"), *(Text(sentence) for sentence in answer)]
     for grid in grids:
@@ -62,7 +62,7 @@ def rich_grids(title: str, grids: Sequence[Grid], notes: Sequence[str], answer: 
     return Group(*parts, Text("\n".join(notes)))
 
 
-def markdown_grids(grids: Sequence[Grid], notes: Sequence[str], *, titled: bool = False) -> str:
+def markdown_grids(grids: Sequence[TextTable], notes: Sequence[str], *, titled: bool = False) -> str:
     """Tables and notes as Markdown, ending in a newline.
 
     Args:
@@ -78,7 +78,7 @@ def markdown_grids(grids: Sequence[Grid], notes: Sequence[str], *, titled: bool 
     return "\n\n".join([*parts, "  \n".join(map(escape, notes))]) + "\n"
 
 
-def grid_table(grid: Grid) -> Markup:
+def grid_table(grid: TextTable) -> Markup:
     """The table for a page."""
     rows = []
     for row in grid.rows:

@@ -1,6 +1,6 @@
 r"""A depth or width ladder as data: how the best and the largest stable learning rate move with the size.
 
-A *track* is one strategy (in a width ladder: under one rule) over all rungs, a *level* one rung of it. With
+A *climb* is one strategy (in a width ladder: under one rule) over all rungs, a *level* one rung of it. With
 $\eta^*(n)$ the best rate at size n, over the rungs that have an optimum:
 
 * shift $= \log_2(\eta^*_\mathrm{last} / \eta^*_\mathrm{first})$, in octaves: -1 is half the rate;
@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 from gptnorm.errors import UserError
 from gptnorm.records import finite
-from gptnorm.report.optimum import Best, Point, Stable, best_rate, largest_stable, mean_points, seed_points
+from gptnorm.report.optimum import Best, Stable, Tried, best_rate, largest_stable, mean_points, seed_points
 from gptnorm.report.results import Row, Study, load_study
 from gptnorm.statistics import sample_sd
 from gptnorm.study.schema import read_facts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signal:
+class MeanSignal:
     """Signal propagation, mean over seeds; see `gptnorm.study.signal`. None: not finite, or not recorded."""
 
     grad: tuple[float | None, ...]
@@ -53,11 +53,11 @@ class Level:
     size: int
     row: Row
     entropy: float | None
-    signals: dict[tuple[float, str], Signal]
+    signals: dict[tuple[float, str], MeanSignal]
     """By learning rate and "init" or "trained"."""
 
     @cached_property
-    def points(self) -> list[Point]:
+    def points(self) -> list[Tried]:
         """The rates of which it is known whether they are stable."""
         return mean_points(self.row, self.entropy)
 
@@ -78,13 +78,13 @@ class Level:
         """The best rate as this seed alone shows it."""
         return best_rate(seed_points(self.row, seed, self.entropy))
 
-    def signal(self, when: Literal["init", "trained"]) -> Signal | None:
+    def signal(self, when: Literal["init", "trained"]) -> MeanSignal | None:
         """At the rate of the lowest loss, a collapsed one included."""
         return self.signals.get((self.row.best.lr, when)) if self.row.best else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track:
+class Climb:
     """One strategy over the rungs."""
 
     strategy: str
@@ -146,7 +146,7 @@ class Track:
         first, last = self.levels[0].best, self.levels[-1].best
         if first is None or last is None or not (first.is_optimum and last.is_optimum):
             return None
-        points = {point.lr: point.loss for point in self.levels[-1].points}
+        points = dict(self.levels[-1].points)
         if first.grid_lr not in points:
             return None
         loss = points[first.grid_lr]
@@ -157,10 +157,9 @@ class Track:
 class Ladder:
     """A study folder with rungs, read."""
 
-    folder: Path
     axis: Literal["depth", "width"]
     sizes: tuple[int, ...]
-    tracks: tuple[Track, ...]
+    climbs: tuple[Climb, ...]
     """Rules next to each other, in the order of the study."""
     study: Study
     """All of its cells and what is common to them; not one grid, so its rows mean nothing."""
@@ -189,8 +188,8 @@ def load_ladder(folder: str | Path) -> Ladder:
     sizes, rules = sorted(asked["sizes"]), asked["rules"] or [None]
     grids = {(size, rule): load_study(folder, {"size": size, "rule": rule}) for rule in rules for size in sizes}
     first = next(iter(grids.values()))
-    tracks = [
-        Track(
+    climbs = [
+        Climb(
             strategy=strategy,
             rule=rule,
             levels=tuple(_level(grids[size, rule], index, size) for size in sizes),
@@ -200,10 +199,9 @@ def load_ladder(folder: str | Path) -> Ladder:
         for rule in rules
     ]
     return Ladder(
-        folder=folder,
         axis=asked["axis"],
         sizes=tuple(sizes),
-        tracks=tuple(tracks),
+        climbs=tuple(climbs),
         study=replace(first, cells=tuple(cell for grid in grids.values() for cell in grid.cells)),
         planned=sum(grid.planned for grid in grids.values()),
         done=sum(grid.done for grid in grids.values()),
@@ -222,11 +220,11 @@ def _level(grid: Study, index: int, size: int) -> Level:
     return Level(size=size, row=row, entropy=grid.unigram_entropy, signals=signals)
 
 
-def _mean_signal(signals: list[dict[str, Any]]) -> Signal:
+def _mean_signal(signals: list[dict[str, Any]]) -> MeanSignal:
     def blocks(key: str, mean: Callable[[list[Any]], float | None]) -> tuple[float | None, ...]:
         return tuple(mean(list(values)) for values in zip(*(signal[key] for signal in signals), strict=True))
 
-    return Signal(
+    return MeanSignal(
         grad=blocks("grad", _geometric_mean),
         cosine=blocks("cosine", _mean),
         token_cosine=_mean([signal["token_cosine"] for signal in signals]),

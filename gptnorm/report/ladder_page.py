@@ -5,26 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 
+from gptnorm.format import lr_text, names_text, plural
 from gptnorm.report import page
-from gptnorm.report.format import lr_text, names_text, plural
-from gptnorm.report.grids import Grid, grid_table
-from gptnorm.report.ladder import Ladder, Track
+from gptnorm.report.grids import TextTable, grid_table
+from gptnorm.report.ladder import Climb, Ladder
 from gptnorm.report.ladder_plots import loss_panels, needs_marks, rates_against_size, signal_panels
 from gptnorm.report.ladder_table import grids, notes, octaves_text, stable_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.shared import provenance_section, settings_section
 
 MOST_NAMED = 4
-"""Tracks that a sentence lists one by one."""
+"""Climbs that a sentence lists one by one."""
 
 
 def ladder_page(ladder: Ladder) -> str:
     """The HTML of a ladder's report."""
-    first, *rest = answer(ladder)
     tables = grids(ladder)
     content = [
         tag("header", [tag("h1", ladder.study.title), tag("p", _subtitle(ladder), class_="subtitle")]),
-        tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
+        page.answer(answer(ladder)),
         *(page.section(grid.title, [grid_table(grid)]) for grid in tables[:2]),
         tag("ul", [tag("li", page.prose(note)) for note in notes(ladder)], class_="notes"),
         _loss_section(ladder),
@@ -39,8 +38,8 @@ def ladder_page(ladder: Ladder) -> str:
 
 def answer(ladder: Ladder) -> list[str]:
     """What the ladder says, most important sentence first."""
-    if not any(level.best for track in ladder.tracks for level in track.levels):
-        pending = any(level.pending for track in ladder.tracks for level in track.levels)
+    if not any(level.best for climb in ladder.climbs for level in climb.levels):
+        pending = any(level.pending for climb in ladder.climbs for level in climb.levels)
         why = "of no rate is every seed known to be stable" if pending else "at no size is any rate stable"
         return [f"There is nothing to compare yet: {ladder.done} of {plural(ladder.planned, 'run')} ended, and {why}."]
     return [*_moves(ladder), *_without(ladder), *_stable(ladder), *_ends(ladder)]
@@ -60,7 +59,7 @@ def caveats(ladder: Ladder) -> list[str]:
         found.append("One seed shows no spread: no shift here can be told from chance.")
     elif len(study.seeds) < 5:
         found.append(f"The spread is over {plural(len(study.seeds), 'seed')}: five or more are needed to know it.")
-    if any(track.rule for track in ladder.tracks):
+    if any(climb.rule for climb in ladder.climbs):
         found.append("Depth, batch size, length of training and the width of a head are the same at every width.")
     else:
         found.append("Width, batch size and length of training are the same at every depth.")
@@ -74,7 +73,7 @@ def caveats(ladder: Ladder) -> list[str]:
 
 def _subtitle(ladder: Ladder) -> str:
     study = ladder.study
-    rules = list(dict.fromkeys(track.rule for track in ladder.tracks if track.rule))
+    rules = list(dict.fromkeys(climb.rule for climb in ladder.climbs if climb.rule))
     sizes = [
         plural(len(study.strategies), "strategy", "strategies"),
         *([plural(len(rules), "rule")] if len(rules) > 1 else []),
@@ -87,15 +86,15 @@ def _subtitle(ladder: Ladder) -> str:
 
 def _moves(ladder: Ladder) -> list[str]:
     moved = sorted(
-        [track for track in ladder.tracks if track.slope is not None], key=lambda track: abs(track.slope or 0.0)
+        [climb for climb in ladder.climbs if climb.slope is not None], key=lambda climb: abs(climb.slope or 0.0)
     )
     if not moved:
         return ["No shift of the best rate can be given: no strategy has an optimum at two sizes or more."]
 
-    def told(track: Track) -> str:
-        return f"{octaves_text(track.slope, track.slope_sd)} octaves"
+    def told(climb: Climb) -> str:
+        return f"{octaves_text(climb.slope, climb.slope_sd)} octaves"
 
-    if len({track.rule for track in ladder.tracks}) > 1:
+    if len({climb.rule for climb in ladder.climbs}) > 1:
         return [f"The best rate, per doubling of the {ladder.axis}: {_by_rule(ladder)}."]
     least, most = moved[0], moved[-1]
     if least is most:
@@ -110,11 +109,11 @@ def _by_rule(ladder: Ladder) -> str:
     """ "a -0.93 octaves without a rule, -0.09 under align; b …"."""
     told = []
     for strategy in ladder.study.strategies:
-        tracks = [track for track in ladder.tracks if track.strategy == strategy and track.slope is not None]
+        climbs = [climb for climb in ladder.climbs if climb.strategy == strategy and climb.slope is not None]
         slopes = [
-            f"{octaves_text(track.slope, track.slope_sd)} "
-            + ("without a rule" if track.rule == "none" else f"under {track.rule}")
-            for track in tracks
+            f"{octaves_text(climb.slope, climb.slope_sd)} "
+            + ("without a rule" if climb.rule == "none" else f"under {climb.rule}")
+            for climb in climbs
         ]
         if slopes:
             told.append(f"{strategy} {', '.join(slopes)}")
@@ -122,18 +121,18 @@ def _by_rule(ladder: Ladder) -> str:
 
 
 def _without(ladder: Ladder) -> list[str]:
-    names = [track.name for track in ladder.tracks if track.slope is None]
-    if not names or len(names) == len(ladder.tracks):
+    names = [climb.name for climb in ladder.climbs if climb.slope is None]
+    if not names or len(names) == len(ladder.climbs):
         return []
     who = names_text(names) if len(names) <= MOST_NAMED else f"{len(names)} others"
     return [f"For {who} no shift can be given: fewer than two sizes have an optimum inside the rates tried."]
 
 
 def _stable(ladder: Ladder) -> list[str]:
-    if len(ladder.tracks) > MOST_NAMED or len(ladder.sizes) < 2:
+    if len(ladder.climbs) > MOST_NAMED or len(ladder.sizes) < 2:
         return []
     ends = [
-        f"{stable_text(track.levels[0])} → {stable_text(track.levels[-1])} for {track.name}" for track in ladder.tracks
+        f"{stable_text(climb.levels[0])} → {stable_text(climb.levels[-1])} for {climb.name}" for climb in ladder.climbs
     ]
     where = f"from {ladder.label(ladder.sizes[0])} to {ladder.label(ladder.sizes[-1])}"
     return [f"The largest stable rate, {where}: {'; '.join(ends)}."]
@@ -175,7 +174,7 @@ def _rates_section(ladder: Ladder) -> list[Markup]:
     return [page.section(title, [tag("div", figures, class_="panels"), _note(note)])]
 
 
-def _signal_section(ladder: Ladder, tables: list[Grid]) -> list[Markup]:
+def _signal_section(ladder: Ladder, tables: list[TextTable]) -> list[Markup]:
     if not tables:
         return []
     figures = [

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptnorm.report.figure import Look, legend_columns, legend_height, look, new_figure, sequential, style, to_svg
-from gptnorm.report.ladder import Ladder, Level, Signal
+from gptnorm.report.ladder import Ladder, Level, MeanSignal
 from gptnorm.report.loss_axes import STRIP, draw_strip, log_ticks, lr_ticks
 from gptnorm.report.plots import loss_line, loss_range, needs_strip, row_marks
 from gptnorm.report.results import Row
@@ -21,11 +21,11 @@ _PANEL = 3.7
 
 
 def loss_panels(ladder: Ladder) -> list[tuple[str, str]]:
-    """(track, SVG) pairs: loss against learning rate, a line per size, all on one scale."""
+    """(climb, SVG) pairs: loss against learning rate, a line per size, all on one scale."""
     low, high, strip = _limits(ladder)
     top = low + (high - low) / (1 - STRIP) if strip else high
     panels = []
-    for number, track in enumerate(ladder.tracks):
+    for number, climb in enumerate(ladder.climbs):
         with style():
             figure = new_figure(_PANEL, 3.3)
             axes = figure.add_subplot()
@@ -34,7 +34,7 @@ def loss_panels(ladder: Ladder) -> list[tuple[str, str]]:
             if strip:
                 draw_strip(axes, high, top)
             looks = _size_looks(ladder)
-            for index, (level, how) in enumerate(zip(track.levels, looks, strict=True)):
+            for index, (level, how) in enumerate(zip(climb.levels, looks, strict=True)):
                 row = _row(ladder, level)
                 loss_line(axes, row, how, high)
                 if strip:
@@ -42,11 +42,11 @@ def loss_panels(ladder: Ladder) -> list[tuple[str, str]]:
                     room = min(7.0, 150 / len(row.entries) / len(looks))
                     row_marks(axes, row, how, high, (index - (len(looks) - 1) / 2) * room)
             lr_ticks(axes, ladder.study.lrs)
-            axes.set_title(track.name)
+            axes.set_title(climb.name)
             axes.set_xlabel("peak learning rate")
             axes.set_ylabel("validation loss")
             _legend(figure, axes, 4)
-            panels.append((track.name, to_svg(figure, f"loss{number}")))
+            panels.append((climb.name, to_svg(figure, f"loss{number}")))
     return panels
 
 
@@ -57,32 +57,32 @@ def needs_marks(ladder: Ladder) -> bool:
 
 def _limits(ladder: Ladder) -> tuple[float, float, bool]:
     """The scale of `loss_panels` from below to its strip, and whether it needs one."""
-    levels = [level for track in ladder.tracks for level in track.levels]
+    levels = [level for climb in ladder.climbs for level in climb.levels]
     # What collapsed lies above the scale, and its mark in the strip says so.
     low, high = loss_range([level.row for level in levels if level.best])
     return low, high, needs_strip([level.row for level in levels], high)
 
 
 def rates_against_size(ladder: Ladder, which: Literal["best", "stable"]) -> str | None:
-    """SVG: the best or the largest stable rate against the size, a line per track; None where there is none.
+    """SVG: the best or the largest stable rate against the size, a line per climb; None where there is none.
 
     Hollow: an edge of the rates tried, so a bound at best.
     """
-    if not any(level.best for track in ladder.tracks for level in track.levels):
+    if not any(level.best for climb in ladder.climbs for level in climb.levels):
         return None
     with style():
-        names = [track.name for track in ladder.tracks]
+        names = [climb.name for climb in ladder.climbs]
         figure = new_figure(_PANEL, 2.9 + legend_height(names, _PANEL))
         axes = figure.add_subplot()
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for index, track in enumerate(ladder.tracks):
+        for index, climb in enumerate(ladder.climbs):
             how = look(index)
-            # Tracks on the same rate of the grid would hide each other.
+            # Climbs on the same rate of the grid would hide each other.
             shift = 2 ** (0.05 * (index - (len(names) - 1) / 2))
-            points = [(level.size * shift, *_rate(level, which)) for level in track.levels if level.best]
+            points = [(level.size * shift, *_rate(level, which)) for level in climb.levels if level.best]
             x, y = [point[0] for point in points], [point[1] for point in points]
-            axes.plot(x, y, color=how.colour, linestyle=how.dash, label=track.name, marker=how.marker)
+            axes.plot(x, y, color=how.colour, linestyle=how.dash, label=climb.name, marker=how.marker)
             hollow = [(a, b) for a, b, bound in points if bound]
             if hollow:
                 axes.plot(
@@ -106,15 +106,15 @@ def rates_against_size(ladder: Ladder, which: Literal["best", "stable"]) -> str 
 
 
 def signal_panels(ladder: Ladder) -> list[tuple[str, str, str]]:
-    """(track, what, SVG): gradient and cosine block by block, a line per size, all tracks on one scale.
+    """(climb, what, SVG): gradient and cosine block by block, a line per size, all climbs on one scale.
 
     Dashed: at initialisation; firm: after training, at the rate of the lowest loss.
     """
-    # One scale for each quantity, so that tracks can be compared.
-    levels = [level for track in ladder.tracks for level in track.levels]
+    # One scale for each quantity, so that climbs can be compared.
+    levels = [level for climb in ladder.climbs for level in climb.levels]
     spreads = {what: [v for level in levels for v in _all_values(level, values)] for what, _, values in _QUANTITIES}
     panels = []
-    for number, track in enumerate(ladder.tracks):
+    for number, climb in enumerate(ladder.climbs):
         for what, title, values in _QUANTITIES:
             spread = spreads[what]
             if not spread:
@@ -122,7 +122,7 @@ def signal_panels(ladder: Ladder) -> list[tuple[str, str, str]]:
             with style():
                 figure = new_figure(_PANEL, 3.1)
                 axes = figure.add_subplot()
-                for level, how in zip(track.levels, _size_looks(ladder), strict=True):
+                for level, how in zip(climb.levels, _size_looks(ladder), strict=True):
                     _signal_lines(axes, level, how, values, ladder.label(level.size))
                 if what == "gradient":
                     axes.set_yscale("log")
@@ -132,16 +132,16 @@ def signal_panels(ladder: Ladder) -> list[tuple[str, str, str]]:
                     low = min(spread)
                     axes.set_ylim(low - 0.06 * (1.02 - low), 1.02)
                 axes.set_xlim(0, 1.02)
-                axes.set_title(f"{track.name}: {what}")
+                axes.set_title(f"{climb.name}: {what}")
                 axes.set_xlabel("block, as a share of the depth")
                 axes.set_ylabel(title, fontsize=9)
                 _legend(figure, axes, 4)
-                panels.append((track.name, what, to_svg(figure, f"{what}{number}")))
+                panels.append((climb.name, what, to_svg(figure, f"{what}{number}")))
     return panels
 
 
 def _signal_lines(
-    axes: Axes, level: Level, how: Look, values: Callable[[Signal], tuple[float | None, ...]], label: str
+    axes: Axes, level: Level, how: Look, values: Callable[[MeanSignal], tuple[float | None, ...]], label: str
 ) -> None:
     for when, dash in (("init", (0, (4, 1.6))), ("trained", "-")):
         signal = level.signal("init" if when == "init" else "trained")
@@ -162,21 +162,21 @@ def _signal_lines(
         )
 
 
-def _grad(signal: Signal) -> tuple[float | None, ...]:
+def _grad(signal: MeanSignal) -> tuple[float | None, ...]:
     return tuple(v if v else None for v in signal.grad)
 
 
-def _cosine(signal: Signal) -> tuple[float | None, ...]:
+def _cosine(signal: MeanSignal) -> tuple[float | None, ...]:
     return signal.cosine
 
 
-_QUANTITIES: tuple[tuple[str, str, Callable[[Signal], tuple[float | None, ...]]], ...] = (
+_QUANTITIES: tuple[tuple[str, str, Callable[[MeanSignal], tuple[float | None, ...]]], ...] = (
     ("gradient", "‖∂loss/∂x‖ after each block", _grad),
     ("cosine", "cosine of a block's input and output", _cosine),
 )
 
 
-def _all_values(level: Level, values: Callable[[Signal], tuple[float | None, ...]]) -> list[float]:
+def _all_values(level: Level, values: Callable[[MeanSignal], tuple[float | None, ...]]) -> list[float]:
     signals = [signal for signal in (level.signal("init"), level.signal("trained")) if signal]
     return [v for signal in signals for v in values(signal) if v is not None]
 

@@ -6,16 +6,16 @@ import math
 
 from rich.console import Group
 
-from gptnorm.report.format import MISSING, loss_text, lr_text, plural
-from gptnorm.report.grids import Grid, markdown_grids, rich_grids
-from gptnorm.report.ladder import Ladder, Level, Signal, Track
+from gptnorm.format import MISSING, loss_text, lr_text, plural
+from gptnorm.report.grids import TextTable, markdown_grids, rich_grids
+from gptnorm.report.ladder import Climb, Ladder, Level, MeanSignal
 from gptnorm.report.optimum import MARGIN
 
 BESIDE = "‡"
 NONE = "none"
 
 
-def grids(ladder: Ladder) -> list[Grid]:
+def grids(ladder: Ladder) -> list[TextTable]:
     """The tables, the answer first."""
     signals = _signal_grid(ladder)
     return [_shift_grid(ladder), _rung_grid(ladder), *([signals] if signals else [])]
@@ -47,9 +47,9 @@ def octaves_text(octaves: float | None, sd: float | None = None) -> str:
     return f"{round(octaves, 2) + 0.0:+.2f}" + ("" if sd is None else f" ± {sd:.2f}")
 
 
-def stable_shift_text(track: Track) -> str:
+def stable_shift_text(climb: Climb) -> str:
     """Octaves from the first rung's largest stable rate to the last's; a bound where one of the two is one."""
-    first, last = track.levels[0].stable, track.levels[-1].stable
+    first, last = climb.levels[0].stable, climb.levels[-1].stable
     if first is None or last is None:
         return MISSING
     if first.open and last.open:
@@ -61,7 +61,7 @@ def stable_shift_text(track: Track) -> str:
 def notes(ladder: Ladder) -> list[str]:
     """Plain lines that explain the words and signs of the tables, and only those."""
     seeds = len(ladder.study.seeds)
-    levels = [level for track in ladder.tracks for level in track.levels]
+    levels = [level for climb in ladder.climbs for level in climb.levels]
     kinds = {level.best.kind if level.best else None for level in levels if level.best or not level.pending}
     found = [
         "Best rate: vertex of the parabola through the lowest loss (mean over seeds) of the grid and its neighbours, "
@@ -70,7 +70,7 @@ def notes(ladder: Ladder) -> list[str]:
         f"Stable: every seed finished and ended {MARGIN} nats or more below the unigram entropy"
         + ("." if ladder.study.unigram_entropy is None else f", {loss_text(ladder.study.unigram_entropy)}."),
         "Shift and slope: octaves (-1 is half the rate) from the first to the last size with an optimum, and per "
-        "doubling (least squares)" + ("; ± seed sd." if any(track.shift_sd for track in ladder.tracks) else "."),
+        "doubling (least squares)" + ("; ± seed sd." if any(climb.shift_sd for climb in ladder.climbs) else "."),
         "Keeping the rate: what the largest size loses at the grid's best rate of the smallest, against its own best.",
     ]
     if kinds & {"only", "lowest", "highest"}:
@@ -106,48 +106,48 @@ def markdown_ladder(ladder: Ladder) -> str:
 
 
 def _names(ladder: Ladder) -> tuple[str, ...]:
-    return ("strategy", "rule") if any(track.rule for track in ladder.tracks) else ("strategy",)
+    return ("strategy", "rule") if any(climb.rule for climb in ladder.climbs) else ("strategy",)
 
 
-def _name(track: Track) -> tuple[str, ...]:
-    return (track.strategy, track.rule) if track.rule else (track.strategy,)
+def _name(climb: Climb) -> tuple[str, ...]:
+    return (climb.strategy, climb.rule) if climb.rule else (climb.strategy,)
 
 
-def _shift_grid(ladder: Ladder) -> Grid:
+def _shift_grid(ladder: Ladder) -> TextTable:
     rows = []
-    for track in ladder.tracks:
-        usable, cost = track.usable, track.kept_cost
+    for climb in ladder.climbs:
+        usable, cost = climb.usable, climb.kept_cost
         sizes = f"{usable[0].size} → {usable[-1].size}" if len(usable) > 1 else MISSING
         row = [
             sizes,
-            octaves_text(track.shift, track.shift_sd) + (f" {BESIDE}" if _coarse(track) else ""),
-            octaves_text(track.slope, track.slope_sd),
-            stable_shift_text(track),
+            octaves_text(climb.shift, climb.shift_sd) + (f" {BESIDE}" if _coarse(climb) else ""),
+            octaves_text(climb.slope, climb.slope_sd),
+            stable_shift_text(climb),
             MISSING if cost is None else "not stable" if math.isinf(cost) else f"{cost:+.3f}",
         ]
-        rows.append((*_name(track), *row))
+        rows.append((*_name(climb), *row))
     names = _names(ladder)
     head = (ladder.unit, "best rate, octaves", "per doubling", "stable rate, octaves", "keeping the rate")
     title = f"How far the rates move with the {ladder.axis}"
-    return Grid(title=title, head=(*names, *head), rows=tuple(rows), words=len(names))
+    return TextTable(title=title, head=(*names, *head), rows=tuple(rows), words=len(names))
 
 
-def _coarse(track: Track) -> bool:
+def _coarse(climb: Climb) -> bool:
     """Whether the shift is between rates of which one at least is known to half a step of the grid only."""
-    ends = track.usable[:1] + track.usable[-1:]
-    return len(track.usable) > 1 and any(level.best and level.best.kind == "beside" for level in ends)
+    ends = climb.usable[:1] + climb.usable[-1:]
+    return len(climb.usable) > 1 and any(level.best and level.best.kind == "beside" for level in ends)
 
 
-def _rung_grid(ladder: Ladder) -> Grid:
+def _rung_grid(ladder: Ladder) -> TextTable:
     rows = [
-        (*_name(track), str(level.size), rate_text(level), _loss(level), stable_text(level))
-        for track in ladder.tracks
-        for level in track.levels
+        (*_name(climb), str(level.size), rate_text(level), _loss(level), stable_text(level))
+        for climb in ladder.climbs
+        for level in climb.levels
     ]
     names = _names(ladder)
     head = (*names, ladder.unit, "best rate", "loss there", "largest stable rate")
     title = f"Best and largest stable rate at every {ladder.axis}"
-    return Grid(title=title, head=head, rows=tuple(rows), words=len(names))
+    return TextTable(title=title, head=head, rows=tuple(rows), words=len(names))
 
 
 def _loss(level: Level) -> str:
@@ -157,8 +157,8 @@ def _loss(level: Level) -> str:
     return loss_text(entry.mean) + ("" if entry.sd is None else f" ± {loss_text(entry.sd)}")
 
 
-def _signal_grid(ladder: Ladder) -> Grid | None:
-    if not any(level.signals for track in ladder.tracks for level in track.levels):
+def _signal_grid(ladder: Ladder) -> TextTable | None:
+    if not any(level.signals for climb in ladder.climbs for level in climb.levels):
         return None
 
     def pair(level: Level, number: str) -> str:
@@ -166,16 +166,16 @@ def _signal_grid(ladder: Ladder) -> Grid | None:
         return " → ".join(_number(signal, number) for signal in ends)
 
     rows = [
-        (*_name(track), str(level.size), *(pair(level, n) for n in ("grad_ratio", "top_cosine", "token_cosine")))
-        for track in ladder.tracks
-        for level in track.levels
+        (*_name(climb), str(level.size), *(pair(level, n) for n in ("grad_ratio", "top_cosine", "token_cosine")))
+        for climb in ladder.climbs
+        for level in climb.levels
     ]
     names = _names(ladder)
     head = (*names, ladder.unit, "gradient, first / last", "cosine", "token cosine")
-    return Grid(title="Signal, before → after training", head=head, rows=tuple(rows), words=len(names))
+    return TextTable(title="Signal, before → after training", head=head, rows=tuple(rows), words=len(names))
 
 
-def _number(signal: Signal | None, name: str) -> str:
+def _number(signal: MeanSignal | None, name: str) -> str:
     value = getattr(signal, name) if signal else None
     if value is None:
         return MISSING

@@ -11,8 +11,8 @@ from matplotlib.path import Path as MarkerPath
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
+from gptnorm.format import loss_text, lr_text
 from gptnorm.report.figure import INK, MUTED, Look
-from gptnorm.report.format import loss_text, lr_text
 
 STRIP = 0.1
 """Share of the axis, at its top, that is kept for what has no place on the scale."""
@@ -23,7 +23,7 @@ ABOVE = MarkerPath([(0, -1), (0, 1), (-0.6, 0.2), (0, 1), (0.6, 0.2)], [1, 2, 1,
 """An arrow of two strokes, each begun with a move (1) and drawn with lines (2); no strategy's own marker."""
 
 
-def shown_range(means: Sequence[float], bests: Sequence[float], seeds: Sequence[float] = ()) -> tuple[float, float]:
+def shown_range(means: Sequence[float], bests: Sequence[float], seeds: Sequence[float]) -> tuple[float, float]:
     """Limits of the loss axis: the bests and their surroundings, not the far ends of the sweep.
 
     Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from gptnorm.report.results import Row
 from gptnorm.study.outcome import Stability
@@ -23,12 +23,8 @@ MARGIN = Stability().margin
 """Nats below the unigram entropy."""
 
 
-class Point(NamedTuple):
-    """One learning rate that was tried."""
-
-    lr: float
-    loss: float | None
-    """None where it is not stable."""
+Tried = tuple[float, float | None]
+"""A learning rate, and the loss there; None where it is not stable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,31 +55,31 @@ class Stable:
     """Whether it is the highest tried, so that the true one may be higher."""
 
 
-def best_rate(points: Sequence[Point]) -> Best | None:
+def best_rate(points: Sequence[Tried]) -> Best | None:
     """Of the rates tried, in ascending order; None if none of them is stable."""
-    stable = [(point.loss, index) for index, point in enumerate(points) if point.loss is not None]
+    stable = [(loss, index) for index, (_, loss) in enumerate(points) if loss is not None]
     if not stable:
         return None
     loss, index = min(stable)
-    here = points[index].lr
+    here = points[index][0]
     if len(points) == 1:
         return Best(lr=here, grid_lr=here, loss=loss, kind="only")
     if index in (0, len(points) - 1):
         return Best(lr=here, grid_lr=here, loss=loss, kind="highest" if index else "lowest")
-    left, right = points[index - 1], points[index + 1]
-    if left.loss is None or right.loss is None:
+    (left, left_loss), (right, right_loss) = points[index - 1], points[index + 1]
+    if left_loss is None or right_loss is None:
         return Best(lr=here, grid_lr=here, loss=loss, kind="beside")
-    vertex = _vertex((left.lr, here, right.lr), (left.loss, loss, right.loss))
+    vertex = _vertex((left, here, right), (left_loss, loss, right_loss))
     return Best(lr=vertex, grid_lr=here, loss=loss, kind="fit")
 
 
-def largest_stable(points: Sequence[Point]) -> Stable | None:
+def largest_stable(points: Sequence[Tried]) -> Stable | None:
     """Of the rates tried, in ascending order; None if none of them is stable."""
-    stable = [point.lr for point in points if point.loss is not None]
-    return Stable(lr=stable[-1], open=stable[-1] == points[-1].lr) if stable else None
+    stable = [lr for lr, loss in points if loss is not None]
+    return Stable(lr=stable[-1], open=stable[-1] == points[-1][0]) if stable else None
 
 
-def mean_points(row: Row, entropy: float | None) -> list[Point]:
+def mean_points(row: Row, entropy: float | None) -> list[Tried]:
     """The row's rates of which it is known whether they are stable, with the mean loss over seeds where they are.
 
     One seed that fails settles it; a rate where none has, and some are still to come, is left out.
@@ -91,19 +87,19 @@ def mean_points(row: Row, entropy: float | None) -> list[Point]:
     found = []
     for entry in row.entries:
         if entry.diverged or any(loss > _limit(entropy) for loss in entry.losses.values()):
-            found.append(Point(entry.lr, None))
+            found.append((entry.lr, None))
         elif len(entry.losses) == entry.planned:
-            found.append(Point(entry.lr, entry.mean))
+            found.append((entry.lr, entry.mean))
     return found
 
 
-def seed_points(row: Row, seed: int, entropy: float | None) -> list[Point]:
+def seed_points(row: Row, seed: int, entropy: float | None) -> list[Tried]:
     """The same of one seed alone."""
     found = []
     for entry in row.entries:
         if seed in entry.losses or seed in entry.diverged:
             loss = entry.losses.get(seed)
-            found.append(Point(entry.lr, loss if loss is not None and loss <= _limit(entropy) else None))
+            found.append((entry.lr, loss if loss is not None and loss <= _limit(entropy) else None))
     return found
 
 

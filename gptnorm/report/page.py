@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gptnorm import __version__
@@ -84,6 +84,12 @@ def data_cell(content: Content, class_: str = "") -> Markup:
 def pairs(items: Iterable[tuple[str, str]]) -> Markup:
     """Names and values as a description list."""
     return tag("dl", [tag("div", [tag("dt", name), tag("dd", value)]) for name, value in items])
+
+
+def answer(sentences: Sequence[str]) -> Markup:
+    """What the page says in a box at its top, the first sentence strong."""
+    first, *rest = sentences
+    return tag("div", [tag("p", [tag("strong", prose(first)), " ", prose(" ".join(rest))])], class_="answer")
 
 
 def figure(svg: str, alt: str, caption: str = "") -> Markup:

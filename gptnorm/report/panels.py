@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from gptnorm.format import lr_text
 from gptnorm.records import finite
 from gptnorm.report.figure import look, new_figure, sequential, style, to_svg
-from gptnorm.report.format import lr_text
 
 _WIDTH = 3.7
 _LOG_FROM = 12.0

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from gptnorm.report.curves import Curve, smooth, study_curves, thin
+from gptnorm.format import lr_text
+from gptnorm.report.curves import Curve, smooth, thin
 from gptnorm.report.figure import (
     WARNING,
     Look,
@@ -20,7 +21,6 @@ from gptnorm.report.figure import (
     style,
     to_svg,
 )
-from gptnorm.report.format import lr_text
 from gptnorm.report.loss_axes import (
     ABOVE,
     STRIP,
@@ -68,9 +68,8 @@ def loss_against_lr(study: Study) -> str:
         return to_svg(figure, "lr")
 
 
-def best_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = None) -> str | None:
+def best_curves(study: Study, curves: dict[tuple[str, float], Curve]) -> str | None:
     """SVG: training loss of each strategy at its own best learning rate, or None where there is no curve."""
-    curves = study_curves(study) if curves is None else curves
     picked: list[tuple[int, Row, Curve]] = []
     for index, row in enumerate(study.rows):
         curve = curves.get((row.strategy, row.best.lr)) if row.best is not None else None
@@ -116,9 +115,8 @@ class RateCurve(NamedTuple):
     """Whether its end has to be in sight."""
 
 
-def all_curves(study: Study, curves: dict[tuple[str, float], Curve] | None = None) -> list[tuple[str, str]]:
+def all_curves(study: Study, curves: dict[tuple[str, float], Curve]) -> list[tuple[str, str]]:
     """(strategy, SVG) pairs: a panel per strategy with the curve of every learning rate, all on one scale."""
-    curves = study_curves(study) if curves is None else curves
     panels = []
     for row in study.rows:
         lines = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptnorm.format import count_text, digits_text, loss_text
 from gptnorm.records import finite
 from gptnorm.report import page
-from gptnorm.report.format import MISSING, count_text, loss_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 from gptnorm.report.shared import environment_pairs, setting_table
@@ -151,5 +151,4 @@ def _slot_table(record: dict[str, Any]) -> Markup:
 
 
 def _number(value: object) -> str:
-    number = finite(value)
-    return MISSING if number is None else f"{number:#.3g}".rstrip(".")
+    return digits_text(finite(value))

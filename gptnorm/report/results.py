@@ -23,7 +23,7 @@ from gptnorm.study.schema import Facts, read_cells, read_facts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class RunLine:
     """One run of a study: a strategy, a learning rate and a seed."""
 
     strategy: str
@@ -40,7 +40,7 @@ class Cell:
     """Of a ladder's cell: signal propagation, see `gptnorm.study.signal`."""
 
     @classmethod
-    def read(cls, line: Mapping[str, Any]) -> Cell:
+    def read(cls, line: Mapping[str, Any]) -> RunLine:
         """From a line of `gptnorm.study.schema.read_cells`."""
         return cls(
             strategy=line["strategy"],
@@ -69,7 +69,6 @@ class Cell:
 class Entry:
     """One strategy at one learning rate, over the seeds."""
 
-    strategy: str
     lr: float
     planned: int
     """Number of seeds the study asks for."""
@@ -162,7 +161,7 @@ class Study(About):
     """A study folder, read. `rows` is the table; the other fields say how it came about."""
 
     lrs: tuple[float, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[RunLine, ...]
     """Outcomes inside the grid, one per strategy, learning rate and seed, in the grid's order."""
     outside: int
     """Number of recorded outcomes that the grid of the study does not name."""
@@ -196,7 +195,6 @@ class Study(About):
             losses = {cell.seed: cell.val_loss for cell in here if cell.finished and cell.val_loss is not None}
             entries.append(
                 Entry(
-                    strategy=strategy,
                     lr=lr,
                     planned=len(self.seeds),
                     losses=losses,
@@ -277,14 +275,14 @@ def _read_cells(
     lrs: tuple[float, ...],
     seeds: tuple[int, ...],
     rung: Mapping[str, Any],
-) -> tuple[tuple[Cell, ...], int]:
+) -> tuple[tuple[RunLine, ...], int]:
     """The outcomes of the grid and the number of those outside it; of a repeated run the last counts."""
-    found: dict[tuple[str, float, int], Cell] = {}
+    found: dict[tuple[str, float, int], RunLine] = {}
     outside: set[tuple[Any, ...]] = set()
     for raw in read_cells(path):
         if any(raw.get(key) != value for key, value in rung.items()):
             continue
-        cell = Cell.read(raw)
+        cell = RunLine.read(raw)
         # A learning rate may have been printed and read back on its way here.
         cell = replace(cell, lr=next((lr for lr in lrs if math.isclose(lr, cell.lr, rel_tol=1e-9)), cell.lr))
         key = (cell.strategy, cell.lr, cell.seed)

@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from gptnorm.format import count_text, duration_text, loss_text, value_text
 from gptnorm.records import finite, read_lines, read_object_if_there, read_toml
 from gptnorm.report import page
-from gptnorm.report.format import count_text, duration_text, loss_text, value_text
 from gptnorm.report.gauge_page import gauge_sections
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.run_plot import run_curves

@@ -27,13 +27,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptnorm.report.budgets import Curve, speed_up
-from gptnorm.report.optimum import Point, best_rate
+from gptnorm.report.budgets import LossByBudget, speed_up
+from gptnorm.report.optimum import Tried, best_rate
 from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.report.track import Track
-from gptnorm.study import measures
 from gptnorm.study.cell import TEXT, Pairs
-from gptnorm.study.measures import Estimate, mean_of
+from gptnorm.study.measures import Estimate, Point, mean_of
 
 RUN = ("train.steps", "train.batch_size")
 """Settings of a place that are not its model's."""
@@ -229,12 +228,12 @@ def fit_law(values: Mapping[int, Sequence[float]], columns: Mapping[str, Sequenc
     )
 
 
-def _best_rate(curve: Sequence[measures.Point]) -> float | None:
+def _best_rate(curve: Sequence[Point]) -> float | None:
     return _vertex([(point.lr, point.loss if point.stable else None) for point in curve])
 
 
-def _vertex(points: Sequence[tuple[float, float | None]]) -> float | None:
-    best = best_rate([Point(x, y) for x, y in sorted(points, key=lambda point: point[0])])
+def _vertex(points: Sequence[Tried]) -> float | None:
+    best = best_rate(sorted(points, key=lambda point: point[0]))
     return best.lr if best is not None and best.is_optimum else None
 
 
@@ -243,7 +242,7 @@ def seeds_of_all(found: Sequence[Mapping[int, float]]) -> list[int]:
     return sorted(set.intersection(*(set(by_seed) for by_seed in found))) if found else []
 
 
-def _curves(spots: Sequence[Spot]) -> dict[int, Curve]:
+def _curves(spots: Sequence[Spot]) -> dict[int, LossByBudget]:
     """Loss by compute, for each reported seed."""
     return {
         s: {spot.flops: spot.track.losses[s] for spot in spots} for s in seeds_of_all([p.track.losses for p in spots])

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from gptnorm.format import lr_text
 from gptnorm.report.figure import Look, legend_below, legend_height, look, new_figure, sequential, style, to_svg
-from gptnorm.report.format import lr_text
 from gptnorm.report.loss_axes import log_ticks
 from gptnorm.report.scaling import Spot, by_text, frontier, spots_of
 from gptnorm.report.scaling_table import is_scaling

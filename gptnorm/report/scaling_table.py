@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from gptnorm.format import MISSING, names_text, settings_text, short_text
 from gptnorm.report.critical_batch import MOST, batches_of
 from gptnorm.report.estimates import marked, ratio_entry, side
-from gptnorm.report.format import MISSING, names_text, short_text
-from gptnorm.report.grids import Entry, Grid, Stacked
+from gptnorm.report.grids import Entry, Stacked, TextTable
 from gptnorm.report.scaling import (
     Law,
     Spot,
@@ -35,7 +35,7 @@ MOST_COLUMNS = 4
 """Amounts of compute at which a saving is told, the largest ones."""
 
 
-def scaling_grids(study: ToleranceStudy) -> list[Grid]:
+def scaling_grids(study: ToleranceStudy) -> list[TextTable]:
     """The laws first, which want three places that differ in compute."""
     spots = {name: spots_of(study, name) for name in study.about.strategies}
     found = [_overheads(spots)]
@@ -103,10 +103,10 @@ def scaling_words() -> dict[str, str]:
 
 def spot_text(spot: Spot) -> str:
     """ "model.d_model = 64, 614,400 tokens"."""
-    return ", ".join([*(f"{key} = {value}" for key, value in spot.model), f"{spot.tokens:,} tokens"])
+    return ", ".join(filter(None, [settings_text(spot.model), f"{spot.tokens:,} tokens"]))
 
 
-def _loss_law(spots: dict[str, list[Spot]]) -> Grid | None:
+def _loss_law(spots: dict[str, list[Spot]]) -> TextTable | None:
     laws = {name: loss_law(mine) for name, mine in spots.items()}
     if not any(laws.values()):
         return None
@@ -117,10 +117,10 @@ def _loss_law(spots: dict[str, list[Spot]]) -> Grid | None:
         ends = f"{short_text(found[0].flops)} to {short_text(found[-1].flops)}" if found else MISSING
         rows.append((name, exponent, _rms(law), str(len(found)), ends))
     head = ("strategy", "b", "left over, rms", "places on the frontier", "FLOPs from, to")
-    return Grid(title=LOSS_LAW, head=head, rows=tuple(rows), words=1)
+    return TextTable(title=LOSS_LAW, head=head, rows=tuple(rows), words=1)
 
 
-def _saving(study: ToleranceStudy, spots: dict[str, list[Spot]]) -> Grid | None:
+def _saving(study: ToleranceStudy, spots: dict[str, list[Spot]]) -> TextTable | None:
     theirs = spots.get(study.baseline, [])
     budgets = [spot.flops for spot in frontier(theirs)][-MOST_COLUMNS:]
     rows = tuple(
@@ -129,10 +129,10 @@ def _saving(study: ToleranceStudy, spots: dict[str, list[Spot]]) -> Grid | None:
     if all(entry == MISSING for row in rows for entry in row[1:]):
         return None
     head = ("strategy", *(f"at {short_text(flops)} FLOPs" for flops in budgets))
-    return Grid(title=SAVING.format(study.baseline), head=head, rows=rows, words=1)
+    return TextTable(title=SAVING.format(study.baseline), head=head, rows=rows, words=1)
 
 
-def _laws(title: str, laws: dict[str, Law | None]) -> Grid | None:
+def _laws(title: str, laws: dict[str, Law | None]) -> TextTable | None:
     known = [law for law in laws.values() if law]
     if not known:
         return None
@@ -142,10 +142,10 @@ def _laws(title: str, laws: dict[str, Law | None]) -> Grid | None:
         exponents = [_exponent_entry(law.exponents.get(name) if law else None) for name in names]
         rows.append((strategy, *exponents, _rms(law), str(law.points) if law else MISSING))
     head = ("strategy", *(f"exponent of {FACTORS[name]}" for name in names), "left over, rms", "places")
-    return Grid(title=title, head=head, rows=tuple(rows), words=1)
+    return TextTable(title=title, head=head, rows=tuple(rows), words=1)
 
 
-def _batches(spots: dict[str, list[Spot]]) -> Grid | None:
+def _batches(spots: dict[str, list[Spot]]) -> TextTable | None:
     """Rows: models with their text; columns: strategies."""
     groups = {name: by_text(mine) for name, mine in spots.items()}
     rows: dict[str, dict[str, Entry]] = {}
@@ -156,10 +156,10 @@ def _batches(spots: dict[str, list[Spot]]) -> Grid | None:
     if not rows:
         return None
     table = tuple((place, *(found.get(name, MISSING) for name in spots)) for place, found in rows.items())
-    return Grid(title=BATCHES, head=("at", *spots), rows=table, words=1)
+    return TextTable(title=BATCHES, head=("at", *spots), rows=table, words=1)
 
 
-def _overheads(spots: dict[str, list[Spot]]) -> Grid | None:
+def _overheads(spots: dict[str, list[Spot]]) -> TextTable | None:
     """Rows: strategies with a model and its text; columns: batches."""
     found = {name: batches_of(mine) for name, mine in spots.items()}
     sizes = sorted({batch for mine in found.values() for at in mine for batch in at.tokens})
@@ -173,7 +173,7 @@ def _overheads(spots: dict[str, list[Spot]]) -> Grid | None:
             ratios = [_times(at.tokens.get(batch)) for batch in sizes]
             rows.append((name, where, *ratios, marked(_critical(at.critical), at.at_end)))
     head = ("strategy", "at", *(f"batch {size:,}" for size in sizes), "critical batch")
-    return Grid(title=OVERHEAD, head=head, rows=tuple(rows), words=2)
+    return TextTable(title=OVERHEAD, head=head, rows=tuple(rows), words=2)
 
 
 def _times(found: Estimate | None) -> Entry:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gptnorm.format import count_text, duration_text, loss_text, lr_text, value_text
 from gptnorm.records import finite
 from gptnorm.report import page
-from gptnorm.report.format import count_text, duration_text, loss_text, lr_text, value_text
 from gptnorm.report.page import Markup, tag
-from gptnorm.report.results import About, Cell
+from gptnorm.report.results import About, RunLine
 
 REPORT = "report.html"
 
@@ -90,7 +90,7 @@ def settings_section(study: About) -> Markup:
     return page.section(label, content)
 
 
-def provenance_section(study: About, cells: Sequence[Cell], seeds: str | None = None) -> Markup:
+def provenance_section(study: About, cells: Sequence[RunLine], seeds: str | None = None) -> Markup:
     """Command, data, versions and every run.
 
     Args:
@@ -137,7 +137,7 @@ def _data_pairs(study: About) -> list[tuple[str, str]]:
     ]
 
 
-def _run_table(folder: Path, cells: Sequence[Cell]) -> Markup:
+def _run_table(folder: Path, cells: Sequence[RunLine]) -> Markup:
     rows = []
     for cell in cells:
         own = folder / cell.run / REPORT

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from gptnorm.format import count_text, loss_text, lr_text, plural, spread_text
 from gptnorm.report import page
-from gptnorm.report.curves import study_curves
-from gptnorm.report.format import count_text, loss_text, lr_text, plural, spread_text
-from gptnorm.report.gaps import Gap, paired_gaps
+from gptnorm.report.curves import curves_of
+from gptnorm.report.gaps import paired_gaps
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.plots import all_curves, best_curves, has_strip, loss_against_lr
 from gptnorm.report.results import Study
 from gptnorm.report.shared import provenance_section, settings_section
 from gptnorm.report.table import CellText, cell_text, footnotes
 from gptnorm.report.verdict import caveats, gap_reading, interval_text, verdict
+from gptnorm.study.measures import Estimate
 
 
 def study_page(study: Study) -> str:
     """The HTML of a study report."""
-    first, *rest = verdict(study)
-    curves = study_curves(study)
+    curves = curves_of(study.folder, study.cells)
     best, panels = best_curves(study, curves), all_curves(study, curves)
     plots = [
         page.section(
@@ -62,7 +62,7 @@ def study_page(study: Study) -> str:
         )
     content = [
         tag("header", [tag("h1", study.title), tag("p", _subtitle(study), class_="subtitle")]),
-        tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
+        page.answer(verdict(study)),
         page.section("Validation loss by strategy and learning rate", [_grid_table(study), _notes(study)]),
         *_ranking(study),
         *plots,
@@ -102,9 +102,9 @@ def _cell(text: CellText) -> list[str]:
     return [str(text)]
 
 
-def _gap(gap: Gap) -> list[str]:
+def _gap(gap: Estimate) -> list[str]:
     """The gap with its interval below."""
-    return [loss_text(gap.mean), " ", tag("span", interval_text(gap), class_="sd")]
+    return [loss_text(gap.value), " ", tag("span", interval_text(gap), class_="sd")]
 
 
 def _notes(study: Study) -> Markup:
@@ -115,7 +115,7 @@ def _ranking(study: Study) -> list[Markup]:
     """Each strategy at its own best, lowest loss first, with its paired gap."""
     if not study.ranked:
         return []
-    gaps = {gap.strategy: gap for gap in paired_gaps(study)}
+    gaps = paired_gaps(study)
     rows = []
     for row in study.ranked:
         assert row.best is not None

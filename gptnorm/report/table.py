@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gptnorm.report.format import MISSING, loss_text, lr_text, plural
+from gptnorm.format import MISSING, loss_text, lr_text, plural
 from gptnorm.report.results import Entry, Row, Study
 
 BEST = "*"

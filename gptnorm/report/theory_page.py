@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from gptnorm.format import duration_text, plural
 from gptnorm.report import page
-from gptnorm.report.format import duration_text, plural
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 from gptnorm.report.shared import environment_pairs

@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
+from gptnorm.format import MISSING
 from gptnorm.report import page
 from gptnorm.report.estimates import ratio_text
-from gptnorm.report.format import MISSING
 from gptnorm.report.page import Markup, tag
+from gptnorm.report.table import escape
 
 
 def cell_text(cell: Any) -> tuple[str, str]:
@@ -41,7 +42,7 @@ def rich_table(table: dict[str, Any]) -> Table:
 def markdown_table(table: dict[str, Any]) -> str:
     """Title and table, ending in a newline."""
     rules = [":--" if index < table["words"] else "--:" for index in range(len(table["head"]))]
-    lines = [f"**{_plain(table['title'])}**", "", _line(table["head"]), f"|{'|'.join(rules)}|"]
+    lines = [f"**{escape(table['title'])}**", "", _line(table["head"]), f"|{'|'.join(rules)}|"]
     lines += [_line([" ".join(filter(None, cell_text(cell))) for cell in row]) for row in table["rows"]]
     return "\n".join(lines) + "\n"
 
@@ -72,11 +73,4 @@ def _number(value: float | None) -> str:
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
-
-
-def _plain(text: str) -> str:
-    """Text in which Markdown sees no markup."""
-    for sign in "\\_*[|":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return f"| {' | '.join(map(escape, cells))} |"

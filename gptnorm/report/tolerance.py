@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from gptnorm.report.format import value_text
-from gptnorm.report.results import About, Cell
+from gptnorm.format import settings_text
+from gptnorm.report.results import About, RunLine
 from gptnorm.report.track import Track
 from gptnorm.report.tuning import tuned
 from gptnorm.study.cell import Pairs
@@ -98,7 +98,7 @@ class Place:
     @property
     def name(self) -> str:
         """In words; empty where nothing was mapped."""
-        return ", ".join(f"{key} = {value_text(value)}" for key, value in self.told)
+        return settings_text(self.told)
 
     @cached_property
     def own(self) -> dict[str, Track]:
@@ -145,6 +145,8 @@ class ToleranceStudy:
     search: Search
     stability: Stability
     tune: dict[str, list[Any]]
+    refused: tuple[str, ...]
+    """Why a strategy is not trained with a setting of `tune`."""
     shortlist: float
     """`study.shortlist`, nats."""
     evaluated: Mapping[str, str]
@@ -153,7 +155,7 @@ class ToleranceStudy:
     """Whether the study had come to its end when it was last worked on."""
     wanted_places: int
     """How many the study asks for."""
-    cells: tuple[Cell, ...]
+    cells: tuple[RunLine, ...]
 
     @property
     def screening(self) -> bool:

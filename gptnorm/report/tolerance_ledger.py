@@ -9,7 +9,7 @@ from typing import Any
 
 from gptnorm.errors import UserError
 from gptnorm.records import finite
-from gptnorm.report.results import About, Cell, about_of
+from gptnorm.report.results import About, RunLine, about_of
 from gptnorm.report.tolerance import Place, ToleranceStudy
 from gptnorm.report.track import Track, Trial
 from gptnorm.study.cell import TEXT, Pairs, as_pairs, text_name
@@ -52,6 +52,7 @@ def load_tolerance(folder: str | Path) -> ToleranceStudy:
         search=Search(**asked["search"]),
         stability=stability,
         tune=asked["tune"],
+        refused=tuple(asked.get("refused", ())),
         shortlist=float(asked["shortlist"]),
         evaluated={name: names[name] for name in evaluated},
         complete=facts.get("complete", True),
@@ -139,7 +140,6 @@ def _track(
     pick = tuple(facts["tolerance"]["pick"])
     return Track(
         strategy=strategy,
-        place=place,
         variant=variant,
         tuned={key: dict(variant).get(key, settings.get(key)) for key in facts["tolerance"]["tune"]},
         width=_size(settings.get("model.d_model")),
@@ -176,7 +176,7 @@ def _read_trials(path: Path, facts: Facts, stability: Stability) -> Trials:
 
 
 def _read_trial(line: Mapping[str, Any], stability: Stability, entropy: float | None) -> Trial:
-    cell = Cell.read(line)
+    cell = RunLine.read(line)
     blocks = [finite(value) for value in line.get("nonlinearity") or ()]
     values = [value for value in blocks if value is not None]
     return Trial(

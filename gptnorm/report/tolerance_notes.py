@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 
+from gptnorm.format import MISSING, loss_text, lr_text, names_text, plural
 from gptnorm.report.budget_table import EQUAL_TIME, SPEED_UP
 from gptnorm.report.elsewhere_table import ON_EACH
-from gptnorm.report.format import MISSING, loss_text, lr_text, names_text, plural
-from gptnorm.report.grids import Grid
+from gptnorm.report.grids import TextTable
 from gptnorm.report.scaling_table import scaling_words
 from gptnorm.report.tolerance import ToleranceStudy
 from gptnorm.study.outcome import SPIKE, SPIKE_WINDOW, TAIL
@@ -17,7 +17,7 @@ from gptnorm.study.outcome import SPIKE, SPIKE_WINDOW, TAIL
 LINE = "Rate up to which the loss stays below so many times the own best, over {}'s"
 
 
-def notes(study: ToleranceStudy, grids: Sequence[Grid]) -> list[str]:
+def notes(study: ToleranceStudy, grids: Sequence[TextTable]) -> list[str]:
     """Plain lines that explain the words and signs of `grids`, and only those that occur."""
     if not grids:
         return partial_notes(study)

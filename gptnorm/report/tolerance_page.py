@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from gptnorm.format import plural
 from gptnorm.report import page
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.elsewhere_table import elsewhere_grids
-from gptnorm.report.format import plural
-from gptnorm.report.grids import Grid, grid_table
+from gptnorm.report.grids import TextTable, grid_table
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.scaling_plots import best_rate_panels, loss_against_compute
 from gptnorm.report.scaling_table import scaling_grids
@@ -24,7 +24,6 @@ MOST_POINTS = 20_000
 def tolerance_page(study: ToleranceStudy) -> str:
     """The HTML of a tolerance study's report."""
     about = study.about
-    first, *rest = answer(study)
     tables = grids(study)
     places = [_place(study, place, number) for number, place in enumerate(study.places)]
     if len(places) > 1:
@@ -37,7 +36,7 @@ def tolerance_page(study: ToleranceStudy) -> str:
     words = tag("ul", [_term(note) for note in notes(study, tables)], class_="notes terms")
     content = [
         tag("header", [tag("h1", about.title), tag("p", _subtitle(study), class_="subtitle")]),
-        tag("div", [tag("p", [tag("strong", page.prose(first)), " ", page.prose(" ".join(rest))])], class_="answer"),
+        page.answer(answer(study)),
         *_scaling(study),
         *_overview(study),
         *(_titled(grid) for grid in elsewhere_grids(study)),
@@ -167,5 +166,5 @@ def _term(note: str) -> Markup:
     return tag("li", [tag("strong", term), colon, page.prose(meaning)]) if colon else tag("li", page.prose(note))
 
 
-def _titled(grid: Grid) -> Markup:
+def _titled(grid: TextTable) -> Markup:
     return page.section(grid.title, [grid_table(grid)])

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from gptnorm.format import value_text
 from gptnorm.records import finite
 from gptnorm.report.curves import curves_of
 from gptnorm.report.figure import (
@@ -25,7 +26,6 @@ from gptnorm.report.figure import (
     style,
     to_svg,
 )
-from gptnorm.report.format import value_text
 from gptnorm.report.loss_axes import (
     ABOVE,
     UNSTABLE,

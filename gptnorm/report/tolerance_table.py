@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Group
 
+from gptnorm.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
 from gptnorm.plan.sizes import amount
 from gptnorm.report.budget_table import budget_grids
 from gptnorm.report.elsewhere_table import elsewhere_grids
 from gptnorm.report.estimates import EDGE, difference_entry, kept_entry, loss_entry, marked, rate_entry, ratio_entry
-from gptnorm.report.format import MISSING, count_text, loss_text, lr_text, short_text, value_text
-from gptnorm.report.grids import Entry, Grid, Stacked, markdown_grids, rich_grids
+from gptnorm.report.grids import Entry, Stacked, TextTable, markdown_grids, rich_grids
 from gptnorm.report.scaling_table import scaling_grids
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import LINE, notes
@@ -32,7 +32,7 @@ WIDE = 4
 """Places that stand side by side; more stand below each other."""
 
 
-def grids(study: ToleranceStudy) -> list[Grid]:
+def grids(study: ToleranceStudy) -> list[TextTable]:
     """The tables, those of several places first.
 
     Where these say all that is known of several places, the tables of each by itself are left to the page.
@@ -44,7 +44,7 @@ def grids(study: ToleranceStudy) -> list[Grid]:
     return found
 
 
-def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
+def place_grids(study: ToleranceStudy, place: Place) -> list[TextTable]:
     """The tables of one place, the answer first; tables without a number are left out."""
     found = [
         _loss_grid(study, place),
@@ -57,7 +57,7 @@ def place_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
     return [grid for grid in found if grid is not None]
 
 
-def overview_grids(study: ToleranceStudy) -> list[Grid]:
+def overview_grids(study: ToleranceStudy) -> list[TextTable]:
     """Every strategy against the baseline at each place, and its loss there, if there are several."""
     if len(study.places) < 2:
         return []
@@ -87,7 +87,7 @@ def markdown_tolerance(study: ToleranceStudy) -> str:
     return markdown_grids(tables, notes(study, tables), titled=True)
 
 
-def _loss_grid(study: ToleranceStudy, place: Place) -> Grid:
+def _loss_grid(study: ToleranceStudy, place: Place) -> TextTable:
     pairs = place.pairs(tuned=False)
     head = ["strategy", "loss", "best rate"]
     if study.others:
@@ -104,10 +104,12 @@ def _loss_grid(study: ToleranceStudy, place: Place) -> Grid:
         if sensitive:
             row.append(loss_entry(track.sensitivity if track else None))
         rows.append(tuple(row))
-    return Grid(title=_title("Loss, each at its own best rate", place), head=tuple(head), rows=tuple(rows), words=1)
+    return TextTable(
+        title=_title("Loss, each at its own best rate", place), head=tuple(head), rows=tuple(rows), words=1
+    )
 
 
-def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+def _rate_grid(study: ToleranceStudy, place: Place) -> TextTable | None:
     tracks, pairs, base = place.own, place.pairs(tuned=False), study.baseline
     edges = any(track.edge for track in tracks.values())
     if not study.follows_rates or (not edges and not any(track.near for track in tracks.values())):
@@ -122,7 +124,7 @@ def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     if study.others:
         columns[f"that over {base}'s "] = lambda name: BASELINE if name == base else _near_ratio(pairs.get(name))
         columns[f"at most {base}'s best loss up to"] = lambda name: _beats(pairs.get(name))
-    return Grid(
+    return TextTable(
         title=_title("How far the rate can be pushed", place),
         head=("strategy", *columns),
         rows=tuple((name, *(entry(name) for entry in columns.values())) for name in study.ranked(tracks)),
@@ -130,7 +132,7 @@ def _rate_grid(study: ToleranceStudy, place: Place) -> Grid | None:
     )
 
 
-def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+def _line_grid(study: ToleranceStudy, place: Place) -> TextTable | None:
     """What is left of the ratios of tolerances if failing is drawn closer to the best."""
     pairs = place.pairs(tuned=False)
     factors = [factor for factor in FACTORS if factor < study.stability.worse]
@@ -143,10 +145,10 @@ def _line_grid(study: ToleranceStudy, place: Place) -> Grid | None:
         return None
     head = ("strategy", *(f"{factor:g} times" for factor in factors))
     title = _title(LINE.format(study.baseline), place)
-    return Grid(title=title, head=head, rows=tuple(rows), words=1)
+    return TextTable(title=title, head=head, rows=tuple(rows), words=1)
 
 
-def _curve_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+def _curve_grid(study: ToleranceStudy, place: Place) -> TextTable | None:
     """What a rate costs: the mean loss of every strategy wherever all reported seeds of it trained."""
     if not study.follows_rates or study.screening or len(place.own) > MOST_CURVES:
         return None
@@ -158,7 +160,7 @@ def _curve_grid(study: ToleranceStudy, place: Place) -> Grid | None:
             rows.append((lr_text(lr), *entries))
     if not rows:
         return None
-    return Grid(title=_title(CURVE, place), head=("rate", *columns), rows=tuple(rows), words=0)
+    return TextTable(title=_title(CURVE, place), head=("rate", *columns), rows=tuple(rows), words=0)
 
 
 def _mean_loss(points: Sequence[Point], seeds: int) -> Entry:
@@ -170,7 +172,7 @@ def _mean_loss(points: Sequence[Point], seeds: int) -> Entry:
     return loss_entry(mean_of(losses))
 
 
-def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
+def _tuned_grids(study: ToleranceStudy, place: Place) -> list[TextTable]:
     """What tuning gives each strategy, and what it leaves of the differences."""
     if not study.tune:
         return []
@@ -184,7 +186,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
         losses = [marked(_loss(track), _at_end(track)) for track in (before, after)]
         gains.append((name, setting, *losses, gain))
     head = ("strategy", "chosen setting", "loss as it comes", "loss tuned", "tuned minus as it comes")
-    found = [Grid(title=_title(f"Tuned: {what}", place), head=head, rows=tuple(gains), words=2)]
+    found = [TextTable(title=_title(f"Tuned: {what}", place), head=head, rows=tuple(gains), words=2)]
     if study.others:
         pairs, both = place.pairs(tuned=False), place.pairs(tuned=True)
         columns: dict[str, Callable[[str], Entry]] = {
@@ -196,7 +198,7 @@ def _tuned_grids(study: ToleranceStudy, place: Place) -> list[Grid]:
             columns["both tuned "] = lambda name: _edge_ratio(both.get(name))
         rows = tuple((name, *(entry(name) for entry in columns.values())) for name in names if name != base)
         title = _title(f"Against {base}, as they come and with {what} tuned for both", place)
-        found.append(Grid(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
+        found.append(TextTable(title=title, head=("strategy", *(head.strip() for head in columns)), rows=rows, words=1))
     return [*found, *_reported(study, place), _settings(study, place)]
 
 
@@ -206,7 +208,7 @@ def _chosen(track: Track) -> str:
     return f"{track.setting} ({EDGE}: {ends})" if ends else track.setting
 
 
-def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
+def _reported(study: ToleranceStudy, place: Place) -> list[TextTable]:
     """Settings on the reported seeds, where more are known than as it comes and that chosen; rows: settings; columns:
     strategies. Then the difference from the baseline with every setting of either, since no interval holds how much
     hangs on which were taken."""
@@ -231,13 +233,13 @@ def _reported(study: ToleranceStudy, place: Place) -> list[Grid]:
     return found
 
 
-def _by_setting(title: str, names: Sequence[str], entries: Mapping[str, Mapping[str, Entry]]) -> Grid:
+def _by_setting(title: str, names: Sequence[str], entries: Mapping[str, Mapping[str, Entry]]) -> TextTable:
     """Rows: settings; columns: what each is known of by name."""
     rows = tuple((setting, *(found.get(name, MISSING) for name in names)) for setting, found in entries.items())
-    return Grid(title=title, head=("setting", *names), rows=rows, words=1)
+    return TextTable(title=title, head=("setting", *names), rows=rows, words=1)
 
 
-def _settings(study: ToleranceStudy, place: Place) -> Grid:
+def _settings(study: ToleranceStudy, place: Place) -> TextTable:
     """Rows: what was tried; columns: strategies."""
     names = [name for name in study.about.strategies if name in place.own]
     losses: dict[str, dict[str, Entry]] = {}
@@ -249,7 +251,7 @@ def _settings(study: ToleranceStudy, place: Place) -> Grid:
     return _by_setting(_title(SETTINGS, place), names, losses)
 
 
-def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
+def _other_grid(study: ToleranceStudy, place: Place) -> TextTable | None:
     largest = max((track.memory or 0 for track in place.own.values()), default=0)
     columns: list[tuple[str, Callable[[Track], Entry]]] = [
         ("spikes", lambda track: MISSING if track.spikes is None else f"{track.spikes.value:.3g}"),
@@ -267,12 +269,12 @@ def _other_grid(study: ToleranceStudy, place: Place) -> Grid | None:
         track = place.own.get(name)
         rows.append((name, *(MISSING if track is None else entry(track) for _, entry in filled)))
     title = _title("What else was measured, each at its own best rate", place)
-    return Grid(title=title, head=("strategy", *(head for head, _ in filled)), rows=tuple(rows), words=1)
+    return TextTable(title=title, head=("strategy", *(head for head, _ in filled)), rows=tuple(rows), words=1)
 
 
 def _over_places(
     study: ToleranceStudy, title: str, pairs: Sequence[dict[str, Pair]], entry: Callable[[Pair | None], Entry]
-) -> Grid:
+) -> TextTable:
     """Strategies by places, or the other way round where there are many places."""
     names = [place.name for place in study.places]
 
@@ -281,14 +283,14 @@ def _over_places(
 
     if len(names) <= WIDE:
         rows = tuple((name, *(text(at_place, name) for at_place in pairs)) for name in study.others)
-        return Grid(title=title, head=("strategy", *names), rows=rows, words=1)
+        return TextTable(title=title, head=("strategy", *names), rows=rows, words=1)
     rows = tuple(
         (place, *(text(at_place, name) for name in study.others)) for place, at_place in zip(names, pairs, strict=True)
     )
-    return Grid(title=title, head=("at", *study.others), rows=rows, words=1)
+    return TextTable(title=title, head=("at", *study.others), rows=rows, words=1)
 
 
-def _places(study: ToleranceStudy) -> Grid:
+def _places(study: ToleranceStudy) -> TextTable:
     """Rows: places, in the order of their compute where it is known; columns: their settings, then strategies."""
     names = study.about.strategies
     found = [(place, next(iter(place.own.values()), None)) for place in study.places]
@@ -305,7 +307,7 @@ def _places(study: ToleranceStudy) -> Grid:
         rows.append(((track.flops if track else None) or 0.0, (*settings, *size, *losses)))
     rows.sort(key=lambda row: row[0])
     title = "Loss at the best rate of each, place by place"
-    return Grid(title=title, head=(*study.heads, *shown, *names), rows=tuple(row for _, row in rows), words=1)
+    return TextTable(title=title, head=(*study.heads, *shown, *names), rows=tuple(row for _, row in rows), words=1)
 
 
 def _loss_and_rate(track: Track | None) -> Entry:

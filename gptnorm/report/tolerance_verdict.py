@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from gptnorm.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.estimates import difference_text, ratio_text, side
-from gptnorm.report.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.scaling_table import scaling_answer
 from gptnorm.report.tolerance import Pair, Place, ToleranceStudy
 from gptnorm.report.tolerance_notes import partial_notes, seeds_text, shortlist_text
@@ -116,6 +116,8 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
                 "Nor does an interval hold which of two equal settings was taken; the tables by the setting of each "
                 "say how much of a difference hangs on that."
             )
+    if study.refused:
+        found.append(f"Not tuned where a strategy does not take it: {'; '.join(study.refused)}.")
     if study.tuned_by_all != "all":
         where = "Elsewhere the setting" if found else "What is tuned beside the rate"
         found.append(
@@ -197,6 +199,7 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
             f"{first} tolerates {_times(told[first])} the learning rate that {study.baseline} does{more} (largest "
             "stable rate; 95 % interval)."
         )
+        sentences += _while_useful(study, pairs, told)
     elif told:
         up = [name for name in told if side(told[name], 1.0) == 1]
         sentences.append(
@@ -214,6 +217,19 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
         verb = "tolerates" if len(unsure) == 1 else "tolerate"
         sentences.append(f"Whether {who} {verb} more or less than {study.baseline} cannot be told{why}.")
     return sentences
+
+
+USEFUL = 1.05
+"""Times the own lowest loss up to which a rate is still of use; the edge alone may lie far beyond."""
+
+
+def _while_useful(study: ToleranceStudy, pairs: Mapping[str, Pair], told: Iterable[str]) -> list[str]:
+    """The same ratios of rates that still give a loss worth having; nothing where they cannot be told."""
+    ratios = {name: ratio for name in told if (ratio := pairs[name].ratio_at(USEFUL)) and side(ratio, 1.0) is not None}
+    if not ratios or study.stability.worse <= USEFUL:
+        return []
+    rates = names_text([f"{name} {_times(ratio)}" for name, ratio in ratios.items()])
+    return [f"Up to a loss of {USEFUL:g} times the own lowest it is {rates}."]
 
 
 def _is_bound(pair: Pair) -> bool:

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from gptnorm.report.results import Cell
+from gptnorm.format import settings_text
+from gptnorm.report.results import RunLine
 from gptnorm.study.cell import Pairs
 from gptnorm.study.measures import (
     Bound,
@@ -54,7 +55,7 @@ End = Literal["lowest", "highest"]
 class Trial:
     """One run that has ended."""
 
-    cell: Cell
+    cell: RunLine
     point: Point
     tail: float | None
     """Mean training loss over the last 5 % of the steps."""
@@ -74,7 +75,6 @@ class Track:
     """One strategy with one setting at one place."""
 
     strategy: str
-    place: Pairs
     variant: Pairs
     """What was tuned; empty: the strategy as it comes."""
     tuned: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Track:
     @property
     def setting(self) -> str:
         """The variant in words."""
-        return ", ".join(f"{key} = {value}" for key, value in self.variant) or "as it comes"
+        return settings_text(self.variant) or "as it comes"
 
     @cached_property
     def picked(self) -> list[Point]:

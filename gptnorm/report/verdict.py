@@ -5,9 +5,10 @@ Every sentence is computed from the data and plain text; whoever shows it escape
 
 from __future__ import annotations
 
-from gptnorm.report.format import loss_text, lr_text, names_text, plural, spread_text
-from gptnorm.report.gaps import Gap, paired_gaps
+from gptnorm.format import loss_text, lr_text, names_text, plural, spread_text
+from gptnorm.report.gaps import may_be_chance, paired_gaps
 from gptnorm.report.results import Row, Study, best_loss
+from gptnorm.study.measures import Estimate
 
 
 def verdict(study: Study) -> list[str]:
@@ -66,11 +67,11 @@ def caveats(study: Study) -> list[str]:
     return notes
 
 
-def gap_reading(gap: Gap) -> str:
+def gap_reading(gap: Estimate) -> str:
     """What a paired gap says, in a few careful words."""
     if gap.seeds < 2:
         return "one seed: cannot be told from chance"
-    return "may be chance" if gap.may_be_chance else "more than chance explains"
+    return "may be chance" if may_be_chance(gap) else "more than chance explains"
 
 
 def _winner(study: Study) -> str:
@@ -82,8 +83,8 @@ def _winner(study: Study) -> str:
         return (
             f"{first.strategy} reached its lowest validation loss, {loss} nats, at {lr_text(first.best.lr)} ({over})."
         )
-    gaps = paired_gaps(study)
-    unsure = ", but the lead may be chance" if gaps and gaps[0].may_be_chance else ""
+    gaps = list(paired_gaps(study).values())
+    unsure = ", but the lead may be chance" if gaps and may_be_chance(gaps[0]) else ""
     return (
         f"{first.strategy} reached the lowest validation loss, each strategy at its own best learning rate: "
         f"{loss} nats at {lr_text(first.best.lr)} ({over}){unsure}."
@@ -94,25 +95,25 @@ def _runner_up(study: Study) -> list[str]:
     gaps = paired_gaps(study)
     if not gaps:
         return []
-    second, gap = study.ranked[1], gaps[0]
+    second = study.ranked[1]
     assert second.best is not None
+    gap = gaps[second.strategy]
     head = f"Next is {second.strategy} with {loss_text(best_loss(second))} at {lr_text(second.best.lr)}"
     if gap.seeds < 2:
-        return [f"{head}, {loss_text(gap.mean)} higher; with one seed that cannot be told from chance."]
-    assert gap.interval is not None
-    reading = f"{loss_text(gap.mean)} higher seed by seed (95 % interval {interval_text(gap)}, {gap.seeds} seeds)"
+        return [f"{head}, {loss_text(gap.value)} higher; with one seed that cannot be told from chance."]
+    reading = f"{loss_text(gap.value)} higher seed by seed (95 % interval {interval_text(gap)}, {gap.seeds} seeds)"
     sentences = [f"{head}, {reading}: {gap_reading(gap)}."]
-    close = [gap.strategy for gap in gaps[1:] if gap.may_be_chance]
+    close = [name for name, other in gaps.items() if name != second.strategy and may_be_chance(other)]
     if close:
         verb = "lead" if len(close) == 1 else "leads"
-        also = " too" if gap.may_be_chance else ""
+        also = " too" if may_be_chance(gap) else ""
         sentences.append(f"The {verb} over {names_text(close)} may be chance{also}.")
     return sentences
 
 
-def interval_text(gap: Gap) -> str:
+def interval_text(gap: Estimate) -> str:
     """The interval of a gap, such as "-0.0114 to 0.0174"."""
-    return "" if gap.interval is None else f"{gap.interval[0]:.4f} to {gap.interval[1]:.4f}"
+    return "" if gap.low is None or gap.high is None else f"{gap.low:.4f} to {gap.high:.4f}"
 
 
 def _collapsed(study: Study) -> list[str]:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from gptnorm.format import count_text, digits_text, evenly_chosen
 from gptnorm.records import finite
 from gptnorm.report import page
-from gptnorm.report.format import MISSING, count_text
 from gptnorm.report.page import Markup, tag
 from gptnorm.report.panels import Panel, draw
 
@@ -46,7 +46,7 @@ def _panels(readings: list[dict[str, Any]]) -> tuple[list[Panel], list[Panel]]:
     """What is shown at once, and what on demand."""
     steps = [row["step"] for row in readings]
     blocks = len(readings[0]["stream_norm"])
-    shown = _spread(blocks)
+    shown = evenly_chosen(blocks, MOST_LINES)
 
     def panel(name: str, title: str, lines: dict[str, list[float | None]], **more: Any) -> Panel:
         alt = f"{title} over steps: {', '.join(lines)}. Last values are in the table below."
@@ -105,7 +105,7 @@ def _table(reading: dict[str, Any]) -> Markup:
     }
     rows = []
     for layer in range(len(reading["stream_norm"])):
-        values = [_text(_at(reading.get(key), layer)) for key in columns.values()]
+        values = [digits_text(_at(reading.get(key), layer)) for key in columns.values()]
         rows.append([page.head_cell(str(layer + 1)), *map(page.data_cell, values)])
     return page.table("Norms by block at the last reading", ["block", *columns], rows, class_="numbers")
 
@@ -118,17 +118,11 @@ def _heads(reading: dict[str, Any]) -> list[Markup]:
     rows = []
     for layer, bound in enumerate(bounds):
         found = largest[layer] if isinstance(largest, list) and layer < len(largest) else None
-        cells = [f"{_text(_at(bound, head))} / {_text(_at(found, head))}" for head in range(len(bound))]
+        cells = [f"{digits_text(_at(bound, head))} / {digits_text(_at(found, head))}" for head in range(len(bound))]
         rows.append([page.head_cell(str(layer + 1)), *map(page.data_cell, cells)])
     columns = ["block", *(f"head {head + 1}" for head in range(max(map(len, bounds))))]
     table = page.table("Attention logits by head: bound / largest", columns, rows, class_="numbers")
     return [page.details(f"Every head at step {count_text(reading['step'])}: bound and largest logit", [table])]
-
-
-def _spread(count: int) -> list[int]:
-    if count <= MOST_LINES:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (MOST_LINES - 1)) for i in range(MOST_LINES)})
 
 
 def _at(column: object, index: int) -> float | None:
@@ -150,7 +144,3 @@ def _table_of(row: dict[str, Any], *keys: str) -> dict[str, Any]:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
-
-
-def _text(value: float | None) -> str:
-    return MISSING if value is None else f"{value:#.3g}".rstrip(".")

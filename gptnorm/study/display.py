@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from gptnorm.report.format import duration_text, value_text
+from gptnorm.format import duration_text, value_text
 
 if TYPE_CHECKING:
     from gptnorm.study.cell import Cell

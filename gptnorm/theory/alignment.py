@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gptnorm.format import lr_text, short_text
 from gptnorm.norms import Norm
-from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate
 from gptnorm.theory import draws

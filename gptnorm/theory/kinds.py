@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptnorm.format import lr_text, short_text
 from gptnorm.norms import AfterModule, DynamicTanh, Norm
-from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate, geometric_mean
 from gptnorm.theory import draws

@@ -15,8 +15,8 @@ from typing import get_args
 
 from torch import Tensor
 
+from gptnorm.format import lr_text, short_text
 from gptnorm.norms import AfterModule, DynamicTanh, Norm
-from gptnorm.report.format import lr_text, short_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import mean_of
 from gptnorm.theory import draws

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gptnorm.curvature.operators import Operator
 from gptnorm.curvature.reading import spectral_norm
+from gptnorm.format import lr_text
 from gptnorm.norms import Norm
-from gptnorm.report.format import lr_text
 from gptnorm.report.panels import Panel
 from gptnorm.study.measures import Estimate, geometric_mean
 from gptnorm.theory import draws

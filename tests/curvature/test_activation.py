@@ -82,7 +82,7 @@ def test_a_whole_sequence():
 
 @pytest.mark.parametrize("eps", [None, 1e-5, 0.3])
 def test_closed_forms_of_simplenorm(eps):
-    """simplegpt.md §5.2, with and without eps."""
+    """Derived by hand, with and without eps."""
     own = {} if eps is None else {"eps": eps}
     gpt, tokens = model("simplenorm", own=own or {"eps": 1e-300}), batch(1)[0]
     name = "blocks.1.ffn.gate"

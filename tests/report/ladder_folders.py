@@ -52,10 +52,10 @@ def make_ladder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     lrs, draw = lrs or LRS, random.Random(0)
-    sizes = sorted({size for track in bests.values() for size in track})
+    sizes = sorted({size for climb in bests.values() for size in climb})
     lines = []
-    for (strategy, rule), track in bests.items():
-        for size, best in track.items():
+    for (strategy, rule), climb in bests.items():
+        for size, best in climb.items():
             for lr in lrs:
                 for seed in range(seeds):
                     gone = best is not None and lr >= unstable_from * best * (1 - 1e-9)

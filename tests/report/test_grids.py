@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from gptnorm.report.grids import Grid, Stacked, grid_table, rich_grids
+from gptnorm.report.grids import Stacked, TextTable, grid_table, rich_grids
 
 NUMBER = Stacked("1.2345", "[1.2300, 1.2400]")
 
@@ -19,7 +19,7 @@ def test_names_stay_whole_and_lines_within_the_terminal(columns: int, other: str
     rows = ((name, *[NUMBER] * columns) for name in ("prenorm_qknorm", other))
     head = ("strategy", *(f"loss minus somebody's, {n}" for n in range(columns)))
     console = Console(file=io.StringIO(), width=80)
-    console.print(rich_grids("A study", [Grid(title="Losses", head=head, rows=tuple(rows), words=1)], []))
+    console.print(rich_grids("A study", [TextTable(title="Losses", head=head, rows=tuple(rows), words=1)], []))
     shown = console.file.getvalue()
     assert "prenorm_qknorm" in shown
     assert "1.2345" in shown
@@ -33,7 +33,7 @@ def test_nothing_of_a_number_is_cut_off(columns: int, name: str) -> None:
     rows = ((name, "words " * 6, *[Stacked("9" * 4, "9" * 12)] * columns),)
     head = ("strategy", "at", *(["batch"] * columns))
     console = Console(file=io.StringIO(), width=80)
-    console.print(rich_grids("A study", [Grid(title="Losses", head=head, rows=rows, words=2)], []))
+    console.print(rich_grids("A study", [TextTable(title="Losses", head=head, rows=rows, words=2)], []))
     assert console.file.getvalue().count("9") == 16 * columns
 
 
@@ -53,7 +53,7 @@ class Cells(HTMLParser):
 
 @pytest.mark.parametrize("words", [0, 1, 2])
 def test_a_number_stands_under_its_head(words: int) -> None:
-    grid = Grid(title="Losses", head=("rate", "on", "loss"), rows=(("1e-2", "speeches", NUMBER),) * 2, words=words)
+    grid = TextTable(title="Losses", head=("rate", "on", "loss"), rows=(("1e-2", "speeches", NUMBER),) * 2, words=words)
     cells = Cells()
     cells.feed(str(grid_table(grid)))
     assert cells.rows == [3, 3, 3]

@@ -42,7 +42,11 @@ def shipped(name: str, place: Path) -> Path:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize(
     ("study", "width"),
-    [(None, 390), (None, 1200), ("width-depth-map-tuned", 390), ("scaling", 390), ("texts", 390), ("width", 390)],
+    [
+        (None, 390),
+        (None, 1200),
+        *((name, 390) for name in ("tolerance", "width-depth-map-tuned", "scaling", "texts", "width")),
+    ],
 )
 def test_nothing_stands_out_at_the_side(tmp_path: Path, study: str | None, width: int) -> None:
     """With every part open; tables that are wider scroll by themselves."""

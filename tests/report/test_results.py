@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from report_folders import Outcome, make_study
 
 from gptnorm.errors import UserError
-from gptnorm.report.gaps import paired_gaps
+from gptnorm.report.gaps import may_be_chance, paired_gaps
 from gptnorm.report.results import load_study
 from gptnorm.report.verdict import caveats, verdict
 from gptnorm.statistics import t_quantile
@@ -69,7 +69,7 @@ def test_a_cell_with_seeds_missing_is_shown_and_never_the_best(tmp_path: Path) -
 def test_nothing_finished(tmp_path: Path) -> None:
     study = load_study(make_study(tmp_path, {"a": {1e-3: ["diverged"]}, "b": {1e-3: [None]}}))
     assert study.ranked == ()
-    assert paired_gaps(study) == ()
+    assert paired_gaps(study) == {}
     assert "nothing to compare" in verdict(study)[0]
 
 
@@ -77,9 +77,9 @@ def test_ties_go_to_the_lower_learning_rate_and_the_earlier_strategy(tmp_path: P
     study = load_study(make_study(tmp_path, {"b": {1e-3: [2.0], 1e-2: [2.0]}, "a": {1e-3: [2.0], 1e-2: [2.0]}}))
     assert [row.strategy for row in study.ranked] == ["b", "a"]
     assert [row.best.lr for row in study.ranked if row.best] == [1e-3, 1e-3]
-    (gap,) = paired_gaps(study)
-    assert gap.mean == 0
-    assert gap.may_be_chance
+    (gap,) = paired_gaps(study).values()
+    assert gap.value == 0
+    assert may_be_chance(gap)
 
 
 def test_pooled_spread(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_pooled_spread(tmp_path: Path) -> None:
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     study = load_study(make_study(tmp_path, {"a": {1e-3: [2.0]}, "b": {1e-3: [1.0]}}))
-    (gap,) = paired_gaps(study)
-    assert (gap.mean, gap.sd, gap.may_be_chance) == (1.0, None, True)
+    (gap,) = paired_gaps(study).values()
+    assert (gap.value, gap.low, gap.high, may_be_chance(gap)) == (1.0, None, None, True)
     assert any("cannot be told from chance" in sentence for sentence in verdict(study))
     assert any("One seed" in note for note in caveats(study))
 
@@ -107,12 +107,12 @@ def test_gaps_are_paired_by_seed(tmp_path: Path) -> None:
             tmp_path, {"a": {1e-3: [2.0, 3.0, 4.0]}, "b": {1e-3: [2.1, 3.09, 4.11]}, "c": {1e-3: [9.0, 2.0, 1.0]}}
         )
     )
-    gap = {gap.strategy: gap for gap in paired_gaps(study)}
-    assert gap["b"].reference == "a"
-    assert gap["b"].mean == pytest.approx(0.1)
-    assert gap["b"].sd == pytest.approx(statistics.stdev([0.1, 0.09, 0.11]))
-    assert not gap["b"].may_be_chance
-    assert gap["c"].may_be_chance
+    gaps = paired_gaps(study)
+    assert list(gaps) == ["b", "c"]
+    half = 4.3027 * statistics.stdev([0.1, 0.09, 0.11]) / math.sqrt(3)
+    assert (gaps["b"].low, gaps["b"].high) == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    assert not may_be_chance(gaps["b"])
+    assert may_be_chance(gaps["c"])
     said = " ".join(verdict(study))
     assert "more than chance explains" in said
     assert "The lead over c may be chance." in said
@@ -191,8 +191,8 @@ def test_the_best_is_the_lowest_of_the_complete(tmp_path: Path, grid: list[list[
     (row,) = load_study(make_study(tmp_path, {"a": cells})).rows
     whole: dict[float, float] = {}
     for lr, cell in cells.items():
-        losses = [loss for loss in cell if isinstance(loss, float) and abs(loss) < 1e300]
-        if len(losses) == len(cell):
+        losses = [loss for loss in cell if isinstance(loss, float) and math.isfinite(loss)]
+        if len(losses) == len(cell) and math.isfinite(sum(losses)):
             whole[lr] = statistics.fmean(losses)
     for entry in row.entries:
         assert entry.mean is None or math.isfinite(entry.mean)

@@ -5,45 +5,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import pytest
 from report_folders import Outcome, make_study
 from rich.console import Console
 
 from gptnorm.report import load_study, markdown_table, rich_table
-from gptnorm.report.format import count_text, duration_text, lr_text, names_text, value_text
 
 CELLS: dict[str, dict[float, list[Outcome]]] = {
     "alpha": {1e-3: [3.0, 3.1], 1e-2: [2.0, 2.2], 1e-1: ["diverged", 2.5]},
     "[b]e|ta": {1e-3: [2.5, 2.5], 1e-2: [2.6, None], 1e-1: [5.5, 5.5]},
 }
-
-
-@pytest.mark.parametrize(
-    ("lr", "text"),
-    [(1e-3, "1e-3"), (3e-2, "3e-2"), (0.1, "1e-1"), (2.5e-4, "2.5e-4"), (1.0, "1"), (20.0, "2e1"), (0.3 * 0.1, "3e-2")],
-)
-def test_learning_rates_are_compact(lr: float, text: str) -> None:
-    assert lr_text(lr) == text
-
-
-def test_other_numbers() -> None:
-    assert [duration_text(value) for value in (None, 5.04, 75, 3600, 7199.9)] == [
-        "–",
-        "5.0 s",
-        "1 min 15 s",
-        "1 h 0 min",
-        "2 h 0 min",
-    ]
-    assert count_text(1234567) == "1,234,567"
-    assert [value_text(value) for value in (None, "x", 1e-5, 0.02, True, [1, 2.5])] == [
-        "–",
-        "x",
-        "1e-05",
-        "0.02",
-        "true",
-        "[1, 2.5]",
-    ]
-    assert [names_text(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
 
 
 def test_markdown(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_depth_ladder(study, tmp_path):
 
     ladder = load_ladder(folder)
     assert (ladder.done, ladder.planned, ladder.sizes) == (4, 4, (1, 2))
-    assert [level.size for level in ladder.tracks[0].levels] == [1, 2]
+    assert [level.size for level in ladder.climbs[0].levels] == [1, 2]
 
 
 def test_a_width_ladder_under_rules(study, tmp_path):
@@ -146,7 +146,7 @@ def test_a_width_ladder_under_rules(study, tmp_path):
     assert rows[64, "none"]["val_loss"] != rows[64, "align"]["val_loss"]
     # Checkpoints that the recipe asks for stay.
     assert (folder / rows[16, "none"]["run"] / "checkpoints/step-000006/manifest.json").is_file()
-    assert [track.name for track in load_ladder(folder).tracks] == ["prenorm, no rule", "prenorm, align"]
+    assert [climb.name for climb in load_ladder(folder).climbs] == ["prenorm, no rule", "prenorm, align"]
 
 
 def test_signal_is_the_probe_s(recipe):

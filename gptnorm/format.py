@@ -1,8 +1,10 @@
-"""Numbers as text, one way for every table, plot and sentence."""
+"""Numbers and settings as text, one way for every table, plot and sentence, and which of many are shown."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from typing import Any
 
 MISSING = "–"
@@ -19,6 +21,11 @@ def lr_text(lr: float) -> str:
 def short_text(number: float) -> str:
     """A computed rate, or a count too long to read, to three significant digits: "1.48e-2", "1.03e12"."""
     return lr_text(float(f"{number:.3g}"))
+
+
+def digits_text(number: float | None) -> str:
+    """A measured quantity to three significant digits, zeros at the end among them: "0.500", "17.8", "123"."""
+    return MISSING if number is None or math.isnan(number) else f"{number:#.3g}".rstrip(".")
 
 
 def loss_text(loss: float | None) -> str:
@@ -60,6 +67,11 @@ def value_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def settings_text(settings: Iterable[tuple[str, Any]]) -> str:
+    """ "model.d_model = 64, options.scale_mode = forward"; empty where there is none."""
+    return ", ".join(f"{key} = {value_text(value)}" for key, value in settings)
+
+
 def names_text(names: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -68,3 +80,10 @@ def names_text(names: list[str]) -> str:
 def plural(count: int, noun: str, several: str | None = None) -> str:
     """ "1 seed", "3 seeds"; `several` where it is not the noun with an s."""
     return f"{count} {noun if count == 1 else several or f'{noun}s'}"
+
+
+def evenly_chosen(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers 0 … count - 1, evenly spaced, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
