@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+# Read once: asking sets it, for every thread of the process.
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes beside, syncs and renames: a reader or a crash never sees half a file."""
@@ -19,9 +23,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes it private
+        os.chmod(name, 0o666 & ~_UMASK)  # mkstemp makes it private
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

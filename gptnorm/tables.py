@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +27,18 @@ def nest(key: str, value: Any) -> Tree:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def toml_value(value: Any) -> str:
+    """A scalar, or a list of them, as TOML writes it.
+
+    JSON is TOML but for three things: infinity, NaN, and that TOML takes no surrogate pair and no bare DEL.
+    """
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def merge(into: Tree, other: Tree) -> None:

@@ -45,7 +45,11 @@ FOLDER = stacked(
         help="Study folder, by default runs/study-KIND. A study that is there is added to.",
     ),
     click.option("--fresh", is_flag=True, help="Begin again; an earlier study in the folder is moved aside."),
-    click.option("--part", metavar="K/N", help="Only every Nth run, into a folder of its own; see 'study join'."),
+    click.option(
+        "--part",
+        metavar="K/N",
+        help="Only every Nth run, of a tolerance or scaling study every Nth strategy and place; see 'study join'.",
+    ),
 )
 LADDER = stacked(RECIPE, SETTINGS, FOLDER)
 SEARCH = stacked(
@@ -163,7 +167,7 @@ def join(parts: tuple[Path, ...], folder: Path) -> None:
 
     Their runs must be comparable: the same recipe, settings and text.
     """
-    from gptnorm.report.format import plural
+    from gptnorm.format import plural
     from gptnorm.study.join import join_studies
 
     added = join_studies(parts, folder)

@@ -175,12 +175,26 @@ class Composed(Wrapper):
 
 
 def compose(strategy: Strategy, options: OptionsConfig) -> Strategy:
-    """The strategy with the options around it; UserError if the pair makes no sense."""
+    """The strategy with the options around it; UserError if the pair makes no sense.
+
+    What does the same is equal.
+    """
+    options = _in_effect(options)
     if options == OptionsConfig():
         return strategy
     for key, reason in refusals(strategy, options).items():
         raise bad_value(f"options.{key}", getattr(options, key), f"{strategy.card.title} refuses it: {reason}")
     return Composed(strategy, options)
+
+
+def _in_effect(options: OptionsConfig) -> OptionsConfig:
+    """The options, those that have no effect as they are by default."""
+    if options.scale_mode not in ("published", "none"):
+        return options
+    usual = OptionsConfig()
+    return replace(
+        options, scale_target=usual.scale_target, scale_count=usual.scale_count, scale_power=usual.scale_power
+    )
 
 
 def refusals(strategy: Strategy, options: OptionsConfig) -> dict[str, str]:

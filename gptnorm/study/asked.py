@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 from gptnorm.errors import UserError, bad_value
 from gptnorm.recipe import Recipe
 from gptnorm.study.config import ToleranceConfig, read_table_of
 from gptnorm.study.search import log_grid
+from gptnorm.tables import toml_value
 
 ALLOWED = "must be LOW:HIGH or a list, such as 3e-4:3e-1 or 1e-3,3e-3,1e-2"
 
@@ -39,13 +39,13 @@ def as_settings(
             raise UserError(f"--{key} and study.{key} say the same; give one of them")
     if strategies is not None:
         names = [name.strip() for name in strategies.split(",") if name.strip()]
-        settings = (*settings, f"study.strategies={json.dumps(names)}")
+        settings = (*settings, f"study.strategies={toml_value(names)}")
     if lrs is not None:
-        settings = (*settings, f"study.lrs={json.dumps(parse_rates(lrs))}")
+        settings = (*settings, f"study.lrs={toml_value(parse_rates(lrs))}")
     if seeds is not None:
         pick = read_table_of(table, recipe, settings).pick
         others = list(itertools.islice((n for n in itertools.count() if n not in pick), seeds))
-        settings = (*settings, f"study.seeds={json.dumps(others)}")
+        settings = (*settings, f"study.seeds={toml_value(others)}")
     return settings
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptnorm.config import Config
 from gptnorm.study.ladder import Rung
+from gptnorm.tables import toml_value
 
 Pairs = tuple[tuple[str, Any], ...]
 """Dotted settings with their values."""
@@ -63,7 +63,7 @@ def as_pairs(settings: Mapping[str, Any] | None) -> Pairs:
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` arguments, their values in TOML."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return [f"{key}={toml_value(value)}" for key, value in settings.items()]
 
 
 def _folder_name(label: str) -> str:

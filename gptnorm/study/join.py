@@ -110,7 +110,16 @@ def _refuse_others(whole: Facts | None, found: Sequence[tuple[Path, Facts]]) -> 
 
 
 def _copy_run(part: Path, folder: Path, run: str) -> None:
+    """UserError where a run's folder has a link, which may lead anywhere, or cannot be copied."""
     source, target = part / run, folder / run
-    if source.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
+    if not source.is_dir():
+        return
+    for path in (source, *source.rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path}: a symbolic link, which is not followed; join whole study folders")
+    shutil.rmtree(target, ignore_errors=True)
+    try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))
+    except shutil.Error as error:
+        name, _, reason = error.args[0][0]
+        raise UserError(f"{name}: cannot be copied ({reason})") from None

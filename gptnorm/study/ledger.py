@@ -213,6 +213,7 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             **now,
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "places": _union(before["places"], now["places"]),
+            "refused": _union(before.get("refused", []), now.get("refused", [])),
         }
     before, now = earlier.get("texts", {}), facts.get("texts", {})
     if texts := {**before, **now}:

@@ -27,6 +27,7 @@ from gptnorm.records import read_lines
 from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
 from gptnorm.study.workers import Workers
+from gptnorm.train.parallel import LAUNCHED
 from gptnorm.train.stop import SIGNALS
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def _start_worker(queue: Any, started: Any, gpus: tuple[str, ...], threads: int 
     """Args: started: how many workers have, shared by all."""
     global _queue  # noqa: PLW0603 - the pool's only way to hand a queue to its processes
     _queue = queue
+    for key in LAUNCHED:  # the study may have been launched as one process; its workers are none of a group
+        os.environ.pop(key, None)
     with started.get_lock():
         number = started.value
         started.value += 1

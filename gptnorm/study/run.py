@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from gptnorm.environment import describe_environment
+from gptnorm.errors import SharedError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import Recipe, load_recipe
 from gptnorm.study.cell import Cell
@@ -25,6 +26,7 @@ from gptnorm.study.schema import Facts
 from gptnorm.study.texts import Texts, naming, prepare_texts
 from gptnorm.study.workers import Workers, workers_for
 from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
+from gptnorm.train.parallel import launched_size
 
 Lines = Mapping[str, Mapping[str, Any]]
 """The ledger's line of each run that has ended, by the run's folder."""
@@ -109,9 +111,10 @@ def run_study(
         UserError: anything wrong with recipe or settings, before anything is written. OtherStudy: the folder holds one
             with other settings.
     """
+    if (size := launched_size()) > 1:
+        raise SharedError(f"WORLD_SIZE = {size}: a study deals out its runs itself; start it once, without torchrun")
     recipe = load_recipe(name)
     study = kind.read(recipe, overrides)
-    kind.plan(recipe, study, overrides)  # whatever is wrong with it is said before a study is moved aside
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(Ledger(folder))
         if ledger.earlier is not None and not fresh:

@@ -14,11 +14,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from gptnorm.config import Count, NonNegativeFloat, Positive, PositiveFloat
-from gptnorm.errors import UserError
+from gptnorm.config import Count, NonNegativeFloat, Positive, PositiveFloat, WidthRuleName
+from gptnorm.errors import UserError, bad_value
 from gptnorm.records import read_object
 from gptnorm.study.cell import TEXT, hashable
-from gptnorm.study.config import Report
+from gptnorm.study.config import Rate, Report
 from gptnorm.study.ladder import Axis
 from gptnorm.study.outcome import Stability, from_json
 from gptnorm.study.search import Search
@@ -104,7 +104,7 @@ class Ladder:
 
     axis: Axis
     sizes: Some[Positive]
-    rules: Distinct[str]
+    rules: Distinct[WidthRuleName]
     settings: dict[str, dict[str, Any]]
 
 
@@ -121,7 +121,9 @@ class Tolerance:
     places: Annotated[tuple[Place, ...], AfterValidator(_alike)]
     search: Search
     stability: Annotated[Stability, BeforeValidator(from_json)]
-    evaluate: Distinct[str] = ()
+    evaluate: Distinct[Annotated[str, Field(min_length=1)]] = ()
+    refused: Distinct[str] = ()
+    """Why a strategy is not trained with a setting of `tune`, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, config=LENIENT)
@@ -132,7 +134,7 @@ class StudyFile:
     recipe: str
     commands: tuple[str, ...]
     strategies: Some[str]
-    lrs: Some[PositiveFloat]
+    lrs: Some[Rate]
     seeds: Distinct[Count]
     data: Text
     settings: Settings
@@ -191,6 +193,8 @@ def read_facts(folder: Path) -> Facts:
         read_table(StudyFile, facts)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if "tolerance" in facts and len(facts["lrs"]) < 2:
+        raise bad_value(f"{path}: lrs", facts["lrs"], "needs two rates or more in a tolerance study")
     return facts
 
 

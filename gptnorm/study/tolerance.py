@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptnorm.config import Config
+from gptnorm.config import Config, OptionsConfig
 from gptnorm.errors import UserError, bad_value, said_as
 from gptnorm.recipe import Recipe
+from gptnorm.strategies import make_strategy
 from gptnorm.study.cell import Cell, Pairs, Setup, as_overrides, as_pairs, hashable
 from gptnorm.study.config import (
     ToleranceConfig,
@@ -32,6 +34,9 @@ from gptnorm.study.planner import Group, Run, wanted_runs
 from gptnorm.study.run import Entropy, Lines
 from gptnorm.study.schema import Facts
 from gptnorm.study.search import CLOSEST
+
+if TYPE_CHECKING:
+    from gptnorm.strategies.base import Strategy
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,10 @@ class TolerancePlan:
         set_by = {**SET_BY_STUDY, **dict.fromkeys(self._tune, "tune"), **placed}
         self._shared = shared_overrides(overrides, set_by)
         self._cells: dict[Run, Cell] = {}
+        self._refused: dict[tuple[str, Pairs, Pairs], UserError] = {}
+        """Why a strategy is not trained with a combination of what is tuned, by strategy, place and combination."""
         self._groups = [self._group(strategy, place) for place in self._places for strategy in study.strategies]
+        self._refuse_what_none_takes()
         self._setups = {
             (group.strategy, setup.place, setup.variant): setup for group in self._groups for setup in group.setups
         }
@@ -137,6 +145,7 @@ class TolerancePlan:
                 "baseline": study.baseline or study.strategies[0],
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
+                "refused": list(dict.fromkeys(str(error) for error in self._refused.values())),
                 "shortlist": study.shortlist,
                 "places": [dict(place) for place in self._places if place],
                 "evaluate": list(study.evaluate),
@@ -178,23 +187,41 @@ class TolerancePlan:
         """The strategy at a place, as it comes and with every other combination of what is tuned."""
         follows = self._follows(strategy, place)
         at_place = [*self._shared, *as_overrides(dict((*follows, *place)))]
-        with contextlib.ExitStack() as said:
-            for key, _ in place:
-                said.enter_context(said_as(f"{self.study.where}.{key}", key))
-            own = self._recipe.resolve(at_place, strategy=strategy)
-        others = [self._other(own, combination, at_place, strategy) for combination in combinations(self._tune)]
-        variants: list[Pairs] = list(dict.fromkeys([(), *others]))
+        with _said_as(self.study.where, place):
+            self._recipe.resolve(at_place, strategy=strategy)
+        variants: dict[Pairs, None] = {(): None}
+        for combination in combinations(self._tune):
+            try:
+                variants[self._in_effect(combination, at_place, strategy)] = None
+            except UserError as error:
+                self._refused[strategy, place, combination] = error
         setups = (Setup(place=place, variant=variant, follows=follows) for variant in variants)
         return Group(strategy=strategy, setups=tuple(setups))
 
-    def _other(self, own: Config, combination: Pairs, at_place: list[str], strategy: str) -> Pairs:
-        """Of a combination, the settings that are other than the strategy has them anyway."""
-        found = []
-        for key, value in combination:
-            with said_as(f"study.tune.{key}", key):
-                if self._recipe.resolve([*at_place, *as_overrides({key: value})], strategy=strategy) != own:
-                    found.append((key, value))
-        return tuple(found)
+    def _in_effect(self, combination: Pairs, at_place: list[str], strategy: str) -> Pairs:
+        """Of a combination, the settings without which it would be another run; UserError if it makes no sense."""
+
+        def run_of(settings: Pairs) -> tuple[Strategy, Config]:
+            config = self._recipe.resolve([*at_place, *as_overrides(dict(settings))], strategy=strategy)
+            made = make_strategy(strategy, config.strategy, config.options)
+            return made, replace(config, strategy={}, options=OptionsConfig())
+
+        with _said_as("study.tune", combination):
+            whole = run_of(combination)
+        found = combination
+        for pair in combination:
+            rest = tuple(other for other in found if other != pair)
+            with contextlib.suppress(UserError):  # what is left makes no sense without it
+                if run_of(rest) == whole:
+                    found = rest
+        return found
+
+    def _refuse_what_none_takes(self) -> None:
+        """UserError where a combination makes no sense with any strategy: a value that is wrong, for one."""
+        for combination in combinations(self._tune):
+            found = [error for (*_, refused), error in self._refused.items() if refused == combination]
+            if len(found) == len(self._groups):
+                raise found[0]
 
     def _follows(self, strategy: str, place: Pairs) -> Pairs:
         width, key = dict(place).get("model.d_model"), f"{self.study.where}.model.d_model"
@@ -205,3 +232,12 @@ class TolerancePlan:
         model = self._recipe.resolve(self._shared, strategy=strategy).model
         sizes = sizes_at(width, model, key)
         return tuple((key, value) for key, value in sizes.items() if key != "model.d_model" and key not in dict(place))
+
+
+@contextlib.contextmanager
+def _said_as(table: str, settings: Pairs) -> Iterator[None]:
+    """Has an error of any of the settings name the study's table that they are from."""
+    with contextlib.ExitStack() as stack:
+        for key, _ in settings:
+            stack.enter_context(said_as(f"{table}.{key}", key))
+        yield

@@ -212,8 +212,6 @@ def _complete(aside: Path, final: Path, digests: dict[str, str], state: dict[str
     write_atomic(aside / STATE, json.dumps(state, indent=2) + "\n")
     hashes = {**digests, STATE: sha256_file(aside / STATE)}
     write_atomic(aside / MANIFEST, json.dumps(hashes, indent=2) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
     os.rename(aside, final)
     sync_folder(final.parent)
 

@@ -41,8 +41,6 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    """Its number on its machine."""
     mesh: DeviceMesh | None = None
     """The processes as ("data", "tensor"); None without torchrun."""
     data_rank: int = 0
@@ -55,6 +53,15 @@ class World:
         return self.rank == 0
 
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""What torchrun tells each of its processes."""
+
+
+def launched_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def open_world(config: Config) -> World:
     """This process's place in the run that torchrun started, or a world of one without torchrun.
 
@@ -64,7 +71,7 @@ def open_world(config: Config) -> World:
         SharedError: the layout does not fit the processes, the batch or the model. Nothing has been opened yet.
     """
     launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-    rank, size = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    rank, size = (int(os.environ["RANK"]), launched_size()) if launched else (0, 1)
     try:
         _check_layout(config, size, launched)
     except UserError as error:
@@ -83,7 +90,6 @@ def open_world(config: Config) -> World:
         device=device,
         rank=rank,
         size=size,
-        local_rank=local_rank,
         mesh=mesh,
         data_rank=mesh.get_local_rank("data"),
         data_size=size // tensor,

@@ -180,12 +180,6 @@ class RunFolder:
         record = {"status": status, "step": step, "val_loss": val_loss, "reason": reason, "skipped": skipped}
         write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
-    def status(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {"status": "running", "step": 0, "val_loss": None, "reason": None}
-
     def unwritable(self, error: OSError) -> UserError:
         """What a user is told of it: a full disk, for one."""
         return UserError(f"{self.path}: cannot be written ({error.strerror or error})")

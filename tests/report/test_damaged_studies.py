@@ -19,7 +19,8 @@ from gptnorm.report import markdown_study
 from gptnorm.study.ledger import differences, facts_to_grow, joined
 
 GONE = object()
-JUNK = [GONE, None, 3, -1.5, 0, 1e308, 10**400, True, "x", "", [], [[]], [{}], {}, {"a": 3}, {"a": {"b": []}}]
+NUMBERS = [3, -1.5, 0, 1e-35, 1e308, 10**400]
+JUNK = [GONE, None, *NUMBERS, True, "x", "", [], [[]], [{}], ["x"], {}, {"a": 3}, {"a": {"b": []}}]
 
 
 def make_grid(folder: Path) -> Path:
@@ -132,7 +133,7 @@ def test_a_run_at_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
         (("tolerance", "search", "edge"), "x", "tolerance.search.edge = 'x': must be a number"),
         (("tolerance", "pick"), [], "tolerance.pick = []: must not be empty"),
         (("seeds",), [1, 1], "seeds = [1, 1]: must not hold a value twice"),
-        (("lrs", 0), 0.0, "lrs = 0.0: must be greater than 0"),
+        (("lrs", 0), 0.0, "lrs = 0.0: must be at least 1e-30"),
         (("data", "vocab"), -1, "data.vocab = -1: must be at least 2"),
         (("tolerance",), None, "tolerance = None: must be a table; write its keys as tolerance.KEY"),
         (

@@ -177,6 +177,18 @@ def test_what_does_not_go_together(study, tmp_path):
     assert everything(mine) == before
 
 
+def test_what_cannot_be_copied_is_said_in_one_line(study, tmp_path):
+    mine = run_study(Grid(), str(study), SMALL, tmp_path / "mine", Console(quiet=True))
+    link = mine / lines(mine)[0]["run"] / "more"
+    link.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"more: a symbolic link, which is not followed"):
+        join_studies([mine], tmp_path / "new")
+    link.unlink()
+    os.mkfifo(link)
+    with pytest.raises(UserError, match=r"more: cannot be copied \(.*named pipe"):
+        join_studies([mine], tmp_path / "newer")
+
+
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "a/b", "1/2/3", "-1/2"])
 def test_parts_that_are_none(text):
     with pytest.raises(UserError, match=r"--part"):

@@ -16,6 +16,7 @@ from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_tolerance
+from gptnorm.report.tolerance_verdict import caveats
 from gptnorm.study.asked import as_settings, parse_rates
 from gptnorm.study.config import ToleranceConfig, said_keys
 from gptnorm.study.ledger import OtherStudy
@@ -151,6 +152,42 @@ def test_settings_are_tuned(study, tmp_path):
     assert tried == {"{}", '{"init.std": "published"}'}
     differing = json.loads((folder / "study.json").read_text())["settings"]["shared"]
     assert differing["init.std"] == "twin", "what the strategy has as it comes"
+
+
+def test_settings_that_change_nothing_are_not_tried_twice(study):
+    """Without a depth factor it has no target, and the factor's defaults make none."""
+    settings = ('study.tune.options.scale_mode=["published","none","forward"]', 'study.strategies=["prenorm"]')
+    settings += ('study.tune.options.scale_target=["both","ffn"]', 'study.tune.strategy.norm=["backbone"]')
+    assert [dict(cell.setup.variant) for cell in plan(study, *settings).samples] == [
+        {},
+        {"options.scale_mode": "none"},
+        {"options.scale_mode": "forward"},
+        {"options.scale_mode": "forward", "options.scale_target": "ffn"},
+    ]
+
+
+def test_settings_that_need_each_other_are_tuned_together(study):
+    settings = ('study.tune.optim.width_rule=["align"]', "study.tune.optim.base_width=[8]")
+    (own, ruled) = plan(study, *settings, 'study.strategies=["prenorm"]').samples
+    assert (own.config.optim.width_rule, ruled.config.optim.width_rule) == ("none", "align")
+    assert dict(ruled.setup.variant) == {"optim.width_rule": "align", "optim.base_width": 8}
+
+
+def test_what_a_strategy_refuses_it_is_not_tuned_with(study, tmp_path):
+    """A baseline that takes a setting is tuned all the same; the report says who does not take it."""
+    tune = 'study.tune.options.qk_norm=["head"]'
+    folder = ask(study, tmp_path / "out", tune, 'study.strategies=["prenorm","ngpt"]')
+    tried = {(row["strategy"], json.dumps(row.get("variant", {}))) for row in lines(folder)}
+    assert tried == {("prenorm", "{}"), ("prenorm", '{"options.qk_norm": "head"}'), ("ngpt", "{}")}
+    (reason,) = load_tolerance(folder).refused
+    assert reason.startswith("study.tune.options.qk_norm = 'head': nGPT refuses it: ")
+    assert f"Not tuned where a strategy does not take it: {reason}." in caveats(load_tolerance(folder))
+    with pytest.raises(UserError, match="nGPT refuses it") as caught:
+        plan(study, tune, 'study.strategies=["ngpt"]')
+    assert str(caught.value) == reason
+    # A study that grows by a strategy that takes it says of both.
+    ask(study, folder, tune, 'study.strategies=["simplenorm"]')
+    assert len(load_tolerance(folder).refused) == 2
 
 
 def test_places_are_compared(study):

@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gptnorm.errors import UserError
 from gptnorm.recipe import load_recipe
 from gptnorm.study import pool
 from gptnorm.study.cell import Cell
 from gptnorm.study.display import Display
+from gptnorm.study.grid import Grid
 from gptnorm.study.outcome import summarize
 from gptnorm.study.pool import Outcome
+from gptnorm.study.run import run_study
 from gptnorm.study.workers import Workers
 
 PROC = Path("/proc")
@@ -91,6 +94,22 @@ def test_a_killed_worker_is_said_to_be_one(tmp_path: Path) -> None:
     (line,) = err.strip().splitlines()
     assert "was killed, perhaps for want of memory" in line
     assert "study.workers=1" in line
+
+
+@pytest.mark.skipif(not PROC.is_dir(), reason="looks processes up in /proc")
+def test_a_study_that_was_launched_as_a_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a cluster's job of one process: its workers are no group, and none waits for another."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with two_cells(tmp_path):
+        assert len(list(tmp_path.glob("runs/quickstart/cells/*/*/metrics.jsonl"))) == 2
+
+
+def test_a_study_is_not_launched_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE = 2: .* without torchrun$"):
+        run_study(Grid(), "quickstart", (), tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not PROC.is_dir(), reason="looks processes up in /proc")
