@@ -222,10 +222,10 @@ def _measured(name: str, root: Path) -> str:
     gap = gap_text(_by_seed(measured), _by_seed(found[BASELINE]))
     against = "" if name == BASELINE else f", {gap} against PreNorm at its own (95 % paired t-interval)"
     links = [f"[{page.stem.replace('-', ' ')}](../results/{page.name})" for page in mentions(root)[name]]
+    size = f"d {own['model.d_model']}, {own['model.n_layers']} blocks, {own['train.steps']} steps"
     return _wrapped(
-        f"At its own best learning rate, {measured.lr:g} (d {own['model.d_model']}, {own['model.n_layers']} blocks, "
-        f"{own['train.steps']} steps): validation loss {measured.loss} nats per token, mean ± sd over {len(SEEDS)} "
-        f"seeds{against}. Measured in: {', '.join(links)}."
+        f"At its own best learning rate of those a factor three apart, {measured.lr:g} ({size}): validation loss "
+        f"{measured.loss} nats per token, mean ± sd over {len(SEEDS)} seeds{against}. Measured in: {', '.join(links)}."
     )
 
 
