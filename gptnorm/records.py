@@ -1,7 +1,7 @@
 """Readers of the files in run and study folders.
 
 A run may be killed at any moment, so the last line of a `.jsonl` file may be cut short.
-Such a line is skipped; everything before it counts.
+Such a line is left out; what a damaged one before it means is for its reader to say.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file, so {path.parent} holds no results to report") from None
+        raise UserError(f"{path}: no such file, so {path.parent} holds no results") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -47,19 +48,27 @@ def read_object_if_there(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a `.jsonl` file; cut lines are skipped, a missing file is empty."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The lines of a `.jsonl` file from 1 on, None for one that is no JSON object; a missing file is empty.
+
+    What follows the last line's end is what a kill left of one, and none unless it is whole.
+    """
     if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        return
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*lines, cut], 1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+            if number > len(lines):
+                return
+            row = None
+        yield number, row if isinstance(row, dict) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a `.jsonl` file, for a page that shows what there is: what cannot be read is left out."""
+    return [row for _, row in numbered_lines(path) if row is not None]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def call(monkeypatch, *arguments):
         ("study width", "RECIPE"),
         ("study width nosuch", "nosuch"),
         ("study width study/width --dir=", "must not be empty; . is the current folder"),
-        ("study show tiny.toml", "tiny.toml holds no results to report"),
+        ("study show tiny.toml", "tiny.toml holds no results"),
         ("verify nosuch", "nosuch: neither a run's folder nor one of shards"),
         ("train laptop/simplenrm", "did you mean laptop/simplenorm?"),
         ("train laptop/base", "model.strategy: is missing"),

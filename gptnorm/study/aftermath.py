@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from gptnorm.plan.memory import cpu_step_bytes
 from gptnorm.probe.linearity import TOKENS_PER_FEATURE, feedforward_nonlinearity
 from gptnorm.recipe import dump_toml
 from gptnorm.records import finite
-from gptnorm.study.cell import Cell, Measured
+from gptnorm.study.cell import Cell
 from gptnorm.study.signal import signal
 from gptnorm.train.blocks import prepare_blocks
-from gptnorm.train.checkpoint import latest_checkpoint, load_model, prune_checkpoints, read_state
+from gptnorm.train.checkpoint import latest_checkpoint, load_model, prune_checkpoints, read_state, step_of
 from gptnorm.train.inputs import check_vocab, open_batches, open_validation, resolve_device
 from gptnorm.train.parallel import World
 from gptnorm.train.progress import Watcher
@@ -46,47 +46,80 @@ def run_and_measure(
     cell: Cell, texts: Mapping[str, Shards], folder: Path, watcher: Watcher
 ) -> tuple[Result, dict[str, Any]]:
     """A run, and the fields of the module's table."""
-    config, measured, shards = cell.config, cell.measured, texts[cell.text]
-    if measured is None:
+    config, shards = cell.config, texts[cell.text]
+    if cell.measured is None:
         return start_run(config, shards, folder, watcher), {}
     # The trained weights pass through a checkpoint, which goes again where the recipe does not ask for it, and has no
     # other removed meanwhile.
     asked = config.checkpoint
     more = asked if asked.final else replace(asked, final=True, keep=asked.keep + 1)
     checkpointed = replace(config, checkpoint=more)
-    if measured == "signal":
-        result, memory = start_run(checkpointed, shards, folder, watcher), {}
+    if cell.measured == "signal":
+        result, found = _with_signal(checkpointed, shards, folder, watcher)
     else:
-        result, memory = _train(checkpointed, shards, folder, watcher)
+        result, found = _with_nonlinearity(checkpointed, cell.evaluated, shards, texts, folder, watcher)
+    _remove_what_was_not_asked(config, folder, result)
+    return result, found
 
-    model = build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
-    found: dict[str, Any] = {"init": None, "trained": None}
-    elsewhere: dict[str, float | None] = dict.fromkeys(cell.evaluated)
-    if measured == "signal":
-        sampler, _ = open_batches(config, shards)
-        first = np.split(sampler.batch(0), config.train.accumulate)[0]
-        # As the run did before its first step.
-        model.calibrate(torch.from_numpy(first).to(model.embed.weight.device))
-        found["init"] = _measure(measured, model, config, shards)
+
+def _with_signal(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tuple[Result, dict[str, Any]]:
+    result = start_run(config, shards, folder, watcher)
+    model = _untrained(config, shards)
+    device = model.embed.weight.device
+    sampler, _ = open_batches(config, shards)
+    # As the run did before its first step.
+    model.calibrate(torch.from_numpy(np.split(sampler.batch(0), config.train.accumulate)[0]).to(device))
+    tokens = torch.from_numpy(open_validation(config, shards)[0]).to(device)
+    init = signal(model, tokens)
+    trained = signal(model, tokens) if _loaded(model, folder, result) else None
+    return result, {"signal": {"init": init, "trained": trained}}
+
+
+def _with_nonlinearity(
+    config: Config,
+    evaluated: Sequence[str],
+    shards: Shards,
+    texts: Mapping[str, Shards],
+    folder: Path,
+    watcher: Watcher,
+) -> tuple[Result, dict[str, Any]]:
+    result, found = _train(config, shards, folder, watcher)
+    model, train = _untrained(config, shards), config.train
+    found["nonlinearity"] = None
+    found["flops"] = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
+    elsewhere: dict[str, float | None] = dict.fromkeys(evaluated)
+    if _loaded(model, folder, result):
+        found["nonlinearity"] = _nonlinearity(model, config, shards)
+        prepare_blocks(model, "none", compiled=False, float8=train.precision == "fp8")
+        elsewhere = {name: _loss(model, config, texts[name]) for name in evaluated}
+    return result, {**found, **({"elsewhere": elsewhere} if elsewhere else {})}
+
+
+def _untrained(config: Config, shards: Shards) -> GPT:
+    return build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
+
+
+def _loaded(model: GPT, folder: Path, result: Result) -> bool:
+    """Whether the run ended well, so that the model has its weights now."""
     checkpoint = latest_checkpoint(folder / "checkpoints")
-    if result.status == "finished" and checkpoint is not None:
-        load_model(checkpoint, model)
-        found["trained"] = _measure(measured, model, config, shards)
-        prepare_blocks(model, "none", compiled=False, float8=config.train.precision == "fp8")
-        elsewhere = {name: _loss(model, config, texts[name]) for name in cell.evaluated}
+    if result.status != "finished" or checkpoint is None:
+        return False
+    load_model(checkpoint, model)
+    return True
+
+
+def _remove_what_was_not_asked(config: Config, folder: Path, result: Result) -> None:
+    """Leaves the checkpoints, and the settings, of a run that had made none but those that its recipe asks for."""
+    asked, checkpoint = config.checkpoint, latest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None and not asked.final:
         best = read_state(checkpoint)["best"]
         best_step = int(best[1]) if best and asked.best else None
-        if asked.final or best_step == result.step or (asked.every and result.step % asked.every == 0):
+        step = step_of(checkpoint)
+        if best_step == step or (asked.every and step % asked.every == 0):
             prune_checkpoints(checkpoint.parent, asked.keep, best_step)
         else:
             shutil.rmtree(checkpoint)
     write_atomic(folder / "config.toml", dump_toml(config))
-    if measured == "signal":
-        return result, {"signal": found}
-    train = config.train
-    flops = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
-    other = {"elsewhere": elsewhere} if elsewhere else {}
-    return result, {**memory, "nonlinearity": found["trained"], "flops": flops, **other}
 
 
 def _train(config: Config, shards: Shards, folder: Path, watcher: Watcher) -> tuple[Result, dict[str, Any]]:
@@ -108,13 +141,10 @@ def _loss(model: GPT, config: Config, shards: Shards) -> float | None:
     return finite(validation_loss(model, open_validation(config, shards), config, world, vocab=vocab))
 
 
-def _measure(measured: Measured, model: GPT, config: Config, shards: Shards) -> Any:
-    """On the validation windows: the first batch, or as many as a fit needs."""
+def _nonlinearity(model: GPT, config: Config, shards: Shards) -> list[float] | None:
+    """On as many validation windows as a fit needs."""
     validation = open_validation(config, shards)
-    device = model.embed.weight.device
-    if measured == "signal":
-        return signal(model, torch.from_numpy(validation[0]).to(device))
     tokens = validation[0].shape[0] * config.train.seq_len
     batches = validation[: math.ceil(TOKENS_PER_FEATURE * config.model.d_model / tokens)]
-    found = feedforward_nonlinearity(model, [torch.from_numpy(batch).to(device) for batch in batches])
+    found = feedforward_nonlinearity(model, [torch.from_numpy(b).to(model.embed.weight.device) for b in batches])
     return None if found is None else [float(f"{value:.4g}") for value in found]

@@ -66,21 +66,28 @@ class GridPlan:
     """A grid's `gptnorm.study.run.Plan`."""
 
     study: StudyConfig
-    samples: list[Cell]
-    """All its cells."""
+    cells: list[Cell]
     part: Part
+
+    @property
+    def samples(self) -> list[Cell]:
+        """Of every strategy at every rung the first cell: rate and seed change nothing that is checked."""
+        firsts: dict[tuple[str, str], Cell] = {}
+        for cell in self.cells:
+            firsts.setdefault((cell.strategy, cell.label), cell)
+        return list(firsts.values())
 
     def wanted(self, done: Lines, entropy: Entropy) -> list[Cell]:
         """Those of the part that have not ended."""
         number, parts = self.part
-        return [cell for cell in self.samples[number - 1 :: parts] if cell.folder not in done]
+        return [cell for cell in self.cells[number - 1 :: parts] if cell.folder not in done]
 
     def describe(self) -> dict[str, Any]:
         """The ladder, if it is one."""
         axis = self.study.axis
         if axis is None:
             return {}
-        rungs = [cell.rung for cell in self.samples if cell.rung is not None]
+        rungs = [cell.rung for cell in self.cells if cell.rung is not None]
         ladder = {
             "axis": axis,
             "sizes": sorted(self.study.sizes(axis)),

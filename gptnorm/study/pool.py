@@ -28,6 +28,7 @@ from gptnorm.study.display import Display
 from gptnorm.study.outcome import Training, summarize
 from gptnorm.study.workers import Workers
 from gptnorm.train.parallel import LAUNCHED
+from gptnorm.train.progress import Silent
 from gptnorm.train.stop import SIGNALS
 
 if TYPE_CHECKING:
@@ -52,26 +53,18 @@ _queue: Queue[tuple[str, int, float]] | None = None
 """A worker's way to the parent, set once in each process."""
 
 
-class _Reporter:
+class _Reporter(Silent):
     """Sends a cell's progress to the parent, a few times a second."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._next = 0.0
 
-    def start(self, step: int, steps: int) -> None: ...
-
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         now = time.monotonic()
         if _queue is not None and now >= self._next:
             self._next = now + REPORT_EVERY
             _queue.put((self._name, step, loss))
-
-    def validation(self, step: int, loss: float) -> None: ...
-
-    def note(self, step: int, words: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def run_cells(

@@ -5,8 +5,6 @@ Folders are shared, joined and mended by hand, so each may be another's, half a 
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from gptnorm.config import Count, NonNegativeFloat, Positive, PositiveFloat, WidthRuleName
 from gptnorm.errors import UserError, bad_value
-from gptnorm.records import read_object
+from gptnorm.records import numbered_lines, read_object
 from gptnorm.study.cell import TEXT, hashable
 from gptnorm.study.config import Rate, Report
 from gptnorm.study.ladder import Axis
@@ -205,19 +203,9 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line is no JSON object, lacks a key, or holds a wrong value, which is named.
     """
-    if not path.exists():
-        return []
     rows: list[dict[str, Any]] = []
-    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    with contextlib.suppress(ValueError):  # a whole line that lacks but its end counts
-        json.loads(cut)
-        lines.append(cut)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+    for number, row in numbered_lines(path):
+        if row is None:
             raise UserError(f"{path}: line {number} cannot be read as a JSON object; mend it, or take it out")
         try:
             read_table(Line, row)

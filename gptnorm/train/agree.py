@@ -27,10 +27,12 @@ def cpu_group() -> Group | None:
 
 
 def rank_in(group: Group | None) -> int:
+    """This process's number among those of the group; 0 where there is none."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def size_of(group: Group | None) -> int:
+    """How many processes the group has; 1 where there is none."""
     return 1 if group is None else dist.get_world_size(group)
 
 

@@ -13,7 +13,7 @@ LINES = 20
 
 
 class Watcher(Protocol):
-    """Is told how a run goes."""
+    """Is told how a run goes: steps are updates done, losses nats per token. A validation loss need not be finite."""
 
     def start(self, step: int, steps: int) -> None: ...
     def step(self, step: int, loss: float, tokens_per_second: float) -> None: ...

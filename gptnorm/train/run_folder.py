@@ -24,6 +24,7 @@ from gptnorm.config import Config
 from gptnorm.errors import UserError, bad_value
 from gptnorm.files import write_atomic
 from gptnorm.recipe import dump_toml, read_config
+from gptnorm.records import numbered_lines
 from gptnorm.train.checkpoint import set_aside_beyond
 from gptnorm.train.lock import FolderLock
 
@@ -220,15 +221,8 @@ def _is_foreign(path: Path) -> bool:
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """The lines; a kill may have left half of one at the end, which is left out."""
     found = []
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            if number == len(texts):
-                break
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    for number, line in numbered_lines(path):
+        if line is None or not isinstance(line.get("step"), int):
             raise UserError(f"{path}: line {number} is none that a run writes; without it the run can go on")
         found.append(line)
     return found
