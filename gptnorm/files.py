@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read once: asking sets it, for every thread of the process.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-# Read once: asking sets it, for every thread of the process.
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -51,7 +51,7 @@ def read_object_if_there(path: Path) -> dict[str, Any]:
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """The lines of a `.jsonl` file from 1 on, None for one that is no JSON object; a missing file is empty.
 
-    What follows the last line's end is what a kill left of one, and none unless it is whole.
+    A last line without its end counts if it is whole: a kill may have left half of one.
     """
     if not path.exists():
         return
@@ -67,7 +67,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a `.jsonl` file, for a page that shows what there is: what cannot be read is left out."""
+    """The JSON objects of a `.jsonl` file; lines that cannot be read are left out."""
     return [row for _, row in numbered_lines(path) if row is not None]
 
 

@@ -36,6 +36,7 @@ def notes(study: ToleranceStudy, grids: Sequence[TextTable]) -> list[str]:
         *_few(study),
         stability_note(study),
         *(text for word, text in _words(study).items() if word in heads or word in titles),
+        *([f"Not tuned where a strategy refuses it: {'; '.join(study.refused)}."] if study.refused else []),
         *([f"{MISSING}: no number, or a ratio whose interval is not known."] if MISSING in entries else []),
     ]
 

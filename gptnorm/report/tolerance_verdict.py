@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from gptnorm.format import loss_text, lr_text, names_text, plural
 from gptnorm.report.estimates import difference_text, ratio_text, side
@@ -116,8 +116,6 @@ def _tuning_caveats(study: ToleranceStudy) -> list[str]:
                 "Nor does an interval hold which of two equal settings was taken; the tables by the setting of each "
                 "say how much of a difference hangs on that."
             )
-    if study.refused:
-        found.append(f"Not tuned where a strategy does not take it: {'; '.join(study.refused)}.")
     if study.tuned_by_all != "all":
         where = "Elsewhere the setting" if found else "What is tuned beside the rate"
         found.append(
@@ -199,7 +197,6 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
             f"{first} tolerates {_times(told[first])} the learning rate that {study.baseline} does{more} (largest "
             "stable rate; 95 % interval)."
         )
-        sentences += _while_useful(study, pairs, told)
     elif told:
         up = [name for name in told if side(told[name], 1.0) == 1]
         sentences.append(
@@ -216,20 +213,23 @@ def _tolerance(study: ToleranceStudy, place: Place) -> list[str]:
             why = f": with fewer than {FEWEST_BOUNDED} seeds not where one did not fail at any rate tried"
         verb = "tolerates" if len(unsure) == 1 else "tolerate"
         sentences.append(f"Whether {who} {verb} more or less than {study.baseline} cannot be told{why}.")
-    return sentences
+    return sentences + (_while_useful(study, pairs) if told else [])
 
 
 USEFUL = 1.05
 """Times the own lowest loss up to which a rate is still of use; the edge alone may lie far beyond."""
 
 
-def _while_useful(study: ToleranceStudy, pairs: Mapping[str, Pair], told: Iterable[str]) -> list[str]:
-    """The same ratios of rates that still give a loss worth having; nothing where they cannot be told."""
-    ratios = {name: ratio for name in told if (ratio := pairs[name].ratio_at(USEFUL)) and side(ratio, 1.0) is not None}
-    if not ratios or study.stability.worse <= USEFUL:
+def _while_useful(study: ToleranceStudy, pairs: Mapping[str, Pair]) -> list[str]:
+    """The same ratios of rates that still give a loss worth having; nothing where there is none."""
+    found = {name: pair.ratio_at(USEFUL) for name, pair in pairs.items()}
+    ratios = {name: ratio for name, ratio in found.items() if ratio and side(ratio, 1.0) is not None}
+    if not ratios or len(ratios) > MOST_NAMED or study.stability.worse <= USEFUL:
         return []
-    rates = names_text([f"{name} {_times(ratio)}" for name, ratio in ratios.items()])
-    return [f"Up to a loss of {USEFUL:g} times the own lowest it is {rates}."]
+    told = [f"{name} {_times(ratios[name])}" for name in sorted(ratios, key=lambda name: -ratios[name].value)]
+    chance = [name for name, ratio in ratios.items() if not side(ratio, 1.0)]
+    but = f"; that of {names_text(chance)} holds 1 and so may be chance" if chance else ""
+    return [f"Up to a loss of {USEFUL:g} times the own lowest the rates are {names_text(told)} as high{but}."]
 
 
 def _is_bound(pair: Pair) -> bool:

@@ -177,9 +177,9 @@ class Composed(Wrapper):
 def compose(strategy: Strategy, options: OptionsConfig) -> Strategy:
     """The strategy with the options around it; UserError if the pair makes no sense.
 
-    What does the same is equal.
+    Settings of a depth factor that there is none of are ignored, so that strategies with and without them are equal.
     """
-    options = _in_effect(options)
+    options = _without_idle_settings(options)
     if options == OptionsConfig():
         return strategy
     for key, reason in refusals(strategy, options).items():
@@ -187,8 +187,8 @@ def compose(strategy: Strategy, options: OptionsConfig) -> Strategy:
     return Composed(strategy, options)
 
 
-def _in_effect(options: OptionsConfig) -> OptionsConfig:
-    """The options, those that have no effect as they are by default."""
+def _without_idle_settings(options: OptionsConfig) -> OptionsConfig:
+    """What is said of a depth factor only where our own is used, else as it is by default."""
     if options.scale_mode not in ("published", "none"):
         return options
     usual = OptionsConfig()

@@ -58,7 +58,7 @@ def run_and_measure(
         result, found = _with_signal(checkpointed, shards, folder, watcher)
     else:
         result, found = _with_nonlinearity(checkpointed, cell.evaluated, shards, texts, folder, watcher)
-    _remove_what_was_not_asked(config, folder, result)
+    _remove_what_was_not_asked(config, folder)
     return result, found
 
 
@@ -71,7 +71,7 @@ def _with_signal(config: Config, shards: Shards, folder: Path, watcher: Watcher)
     model.calibrate(torch.from_numpy(np.split(sampler.batch(0), config.train.accumulate)[0]).to(device))
     tokens = torch.from_numpy(open_validation(config, shards)[0]).to(device)
     init = signal(model, tokens)
-    trained = signal(model, tokens) if _loaded(model, folder, result) else None
+    trained = signal(model, tokens) if _load_trained(model, folder, result) else None
     return result, {"signal": {"init": init, "trained": trained}}
 
 
@@ -88,7 +88,7 @@ def _with_nonlinearity(
     found["nonlinearity"] = None
     found["flops"] = count_flops(model, train.seq_len).model * train.steps * train.batch_size * train.seq_len
     elsewhere: dict[str, float | None] = dict.fromkeys(evaluated)
-    if _loaded(model, folder, result):
+    if _load_trained(model, folder, result):
         found["nonlinearity"] = _nonlinearity(model, config, shards)
         prepare_blocks(model, "none", compiled=False, float8=train.precision == "fp8")
         elsewhere = {name: _loss(model, config, texts[name]) for name in evaluated}
@@ -99,8 +99,8 @@ def _untrained(config: Config, shards: Shards) -> GPT:
     return build_gpt(config, vocab=check_vocab(config, shards), device=resolve_device(config.train.device))
 
 
-def _loaded(model: GPT, folder: Path, result: Result) -> bool:
-    """Whether the run ended well, so that the model has its weights now."""
+def _load_trained(model: GPT, folder: Path, result: Result) -> bool:
+    """Gives the model the run's last weights, and says whether there are any: of a diverged run there are not."""
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if result.status != "finished" or checkpoint is None:
         return False
@@ -108,8 +108,8 @@ def _loaded(model: GPT, folder: Path, result: Result) -> bool:
     return True
 
 
-def _remove_what_was_not_asked(config: Config, folder: Path, result: Result) -> None:
-    """Leaves the checkpoints, and the settings, of a run that had made none but those that its recipe asks for."""
+def _remove_what_was_not_asked(config: Config, folder: Path) -> None:
+    """Removes the checkpoint that the measuring alone needed, and writes the recipe's own settings back."""
     asked, checkpoint = config.checkpoint, latest_checkpoint(folder / "checkpoints")
     if checkpoint is not None and not asked.final:
         best = read_state(checkpoint)["best"]

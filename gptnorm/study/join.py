@@ -51,6 +51,9 @@ def join_studies(parts: Sequence[Path], folder: Path) -> int:
         if part.resolve() == folder.resolve():
             raise UserError(f"{part}: is joined into itself")
     found = [(part, facts := facts_to_grow(part), _lines_of(part, facts)) for part in parts]
+    for part, _, lines in found:
+        for line in lines:
+            _refuse_links(part / line["run"])
     added = 0
     # The parts' own folders may stand in the folder that they are joined into.
     with Ledger(folder, beside=[part.name for part in parts if part.parent.resolve() == folder.resolve()]) as ledger:
@@ -109,17 +112,25 @@ def _refuse_others(whole: Facts | None, found: Sequence[tuple[Path, Facts]]) -> 
         whole = joined(whole, facts)
 
 
+NOT_COPIED = ("checkpoints",)
+"""What stays where it is of a run's folder."""
+
+
+def _refuse_links(run: Path) -> None:
+    """UserError where what is to be copied has a link, which may lead anywhere."""
+    for path in (run, *(path for path in run.rglob("*") if not {*NOT_COPIED} & {*path.relative_to(run).parts})):
+        if path.is_symlink():
+            raise UserError(f"{path}: a symbolic link, which is not followed; join whole study folders")
+
+
 def _copy_run(part: Path, folder: Path, run: str) -> None:
-    """UserError where a run's folder has a link, which may lead anywhere, or cannot be copied."""
+    """UserError where a run's folder cannot be copied."""
     source, target = part / run, folder / run
     if not source.is_dir():
         return
-    for path in (source, *source.rglob("*")):
-        if path.is_symlink():
-            raise UserError(f"{path}: a symbolic link, which is not followed; join whole study folders")
     shutil.rmtree(target, ignore_errors=True)
     try:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_COPIED))
     except shutil.Error as error:
         name, _, reason = error.args[0][0]
         raise UserError(f"{name}: cannot be copied ({reason})") from None

@@ -213,8 +213,9 @@ def joined(earlier: Facts, facts: Facts) -> Facts:
             **now,
             "tune": _union_of_axes(before["tune"], now["tune"]),
             "places": _union(before["places"], now["places"]),
-            "refused": _union(before.get("refused", []), now.get("refused", [])),
         }
+        if refused := _union(before.get("refused", []), now.get("refused", [])):
+            found["tolerance"]["refused"] = refused
     before, now = earlier.get("texts", {}), facts.get("texts", {})
     if texts := {**before, **now}:
         trained = {name for part in (before, now) for name, text in part.items() if text.get("trained")}

@@ -197,8 +197,8 @@ def read_facts(folder: Path) -> Facts:
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The lines of a study's `cells.jsonl`; a missing file is empty, a last line without its end, as a kill
-    leaves it, is skipped.
+    """The lines of a study's `cells.jsonl`; a missing file is empty, half a last line, as a kill leaves it,
+    is left out.
 
     Raises:
         UserError: another line is no JSON object, lacks a key, or holds a wrong value, which is named.

@@ -138,6 +138,7 @@ class TolerancePlan:
     def describe(self) -> dict[str, Any]:
         """What is asked for beyond a grid."""
         study = self.study
+        refused = dict.fromkeys(f"{strategy}: {error}" for (strategy, *_), error in self._refused.items())
         return {
             "tolerance": {
                 "pick": list(study.pick),
@@ -145,12 +146,12 @@ class TolerancePlan:
                 "baseline": study.baseline or study.strategies[0],
                 "epsilon": study.epsilon,
                 "tune": {key: list(values) for key, values in self._tune.items()},
-                "refused": list(dict.fromkeys(str(error) for error in self._refused.values())),
                 "shortlist": study.shortlist,
                 "places": [dict(place) for place in self._places if place],
                 "evaluate": list(study.evaluate),
                 "search": asdict(study.search),
                 "stability": to_json(asdict(study.stability)),
+                **({"refused": list(refused)} if refused else {}),
             }
         }
 
@@ -219,9 +220,14 @@ class TolerancePlan:
     def _refuse_what_none_takes(self) -> None:
         """UserError where a combination makes no sense with any strategy: a value that is wrong, for one."""
         for combination in combinations(self._tune):
-            found = [error for (*_, refused), error in self._refused.items() if refused == combination]
-            if len(found) == len(self._groups):
-                raise found[0]
+            found = {key: error for key, error in self._refused.items() if key[-1] == combination}
+            if len(found) < len(self._groups):
+                continue
+            if len(set(map(str, found.values()))) == 1:
+                raise next(iter(found.values()))
+            # Each knows other keys, or has reasons of its own.
+            told = dict.fromkeys(f"{strategy}: {error}" for (strategy, *_), error in found.items())
+            raise UserError("; ".join(told))
 
     def _follows(self, strategy: str, place: Pairs) -> Pairs:
         width, key = dict(place).get("model.d_model"), f"{self.study.where}.model.d_model"

@@ -58,8 +58,18 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def launched_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started; 1 without it.
+
+    Raises:
+        UserError: WORLD_SIZE is no number.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 1
+    told = os.environ["WORLD_SIZE"]
+    try:
+        return int(told)
+    except ValueError:
+        raise bad_value("WORLD_SIZE", told, "must be a number, as torchrun sets it") from None
 
 
 def open_world(config: Config) -> World:

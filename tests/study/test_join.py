@@ -102,6 +102,16 @@ def test_a_joined_study_is_complete_once_its_command_has_been_run_on_it(study, t
     assert not complete(mine), "no run was added, but more is asked for"
 
 
+def test_joining_a_study_with_itself_changes_nothing(study, tmp_path):
+    settings = (*SMALL, "study.search.reach=0", "study.seeds=[]")
+    mine = run_study(Tolerance(), str(study), settings, tmp_path / "mine", Console(quiet=True))
+    shutil.copytree(mine, tmp_path / "copy")
+    before = everything(mine)
+    assert complete(mine)
+    assert join_studies([tmp_path / "copy"], mine) == 0
+    assert everything(mine) == before
+
+
 def test_a_part_without_a_run_says_so_and_can_be_joined(study, tmp_path):
     said = Console(record=True, file=io.StringIO())
     parts = [
@@ -183,6 +193,7 @@ def test_what_cannot_be_copied_is_said_in_one_line(study, tmp_path):
     link.symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"more: a symbolic link, which is not followed"):
         join_studies([mine], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     link.unlink()
     os.mkfifo(link)
     with pytest.raises(UserError, match=r"more: cannot be copied \(.*named pipe"):

@@ -16,7 +16,9 @@ from gptnorm.errors import UserError
 from gptnorm.model import build_gpt
 from gptnorm.recipe import load_recipe
 from gptnorm.report import load_tolerance
-from gptnorm.report.tolerance_verdict import caveats
+from gptnorm.report.grids import TextTable
+from gptnorm.report.tolerance_notes import notes
+from gptnorm.study.aftermath import _remove_what_was_not_asked
 from gptnorm.study.asked import as_settings, parse_rates
 from gptnorm.study.config import ToleranceConfig, said_keys
 from gptnorm.study.ledger import OtherStudy
@@ -173,6 +175,18 @@ def test_settings_that_need_each_other_are_tuned_together(study):
     assert dict(ruled.setup.variant) == {"optim.width_rule": "align", "optim.base_width": 8}
 
 
+ANY = TextTable(title="", head=(), rows=(), words=0)
+
+
+def test_what_no_strategy_takes_says_what_each_does(study):
+    with pytest.raises(UserError) as caught:
+        plan(study, 'study.tune.options.scale_mode=["init"]', 'study.strategies=["simplenorm","ngpt"]')
+    ours, theirs = str(caught.value).split("; ngpt: ")
+    assert ours.startswith("simplenorm: study.tune.options.scale_mode = 'init': ")
+    assert ours.endswith("its branches' outputs are normed: smaller weights would not change the forward pass")
+    assert theirs.endswith("its weights are brought to norm 1 at initialisation, which would undo the factor")
+
+
 def test_what_a_strategy_refuses_it_is_not_tuned_with(study, tmp_path):
     """A baseline that takes a setting is tuned all the same; the report says who does not take it."""
     tune = 'study.tune.options.qk_norm=["head"]'
@@ -180,11 +194,11 @@ def test_what_a_strategy_refuses_it_is_not_tuned_with(study, tmp_path):
     tried = {(row["strategy"], json.dumps(row.get("variant", {}))) for row in lines(folder)}
     assert tried == {("prenorm", "{}"), ("prenorm", '{"options.qk_norm": "head"}'), ("ngpt", "{}")}
     (reason,) = load_tolerance(folder).refused
-    assert reason.startswith("study.tune.options.qk_norm = 'head': nGPT refuses it: ")
-    assert f"Not tuned where a strategy does not take it: {reason}." in caveats(load_tolerance(folder))
+    assert reason.startswith("ngpt: study.tune.options.qk_norm = 'head': nGPT refuses it: ")
+    assert f"Not tuned where a strategy refuses it: {reason}." in notes(load_tolerance(folder), [ANY])
     with pytest.raises(UserError, match="nGPT refuses it") as caught:
         plan(study, tune, 'study.strategies=["ngpt"]')
-    assert str(caught.value) == reason
+    assert f"ngpt: {caught.value}" == reason
     # A study that grows by a strategy that takes it says of both.
     ask(study, folder, tune, 'study.strategies=["simplenorm"]')
     assert len(load_tolerance(folder).refused) == 2
@@ -313,6 +327,16 @@ def test_checkpoints_are_those_that_the_recipe_asks_for(study, tmp_path, setting
     for row in lines(folder):
         there = checkpoints_in(folder / row["run"] / "checkpoints")
         assert [step_of(path) for path in there] == kept, row["run"]
+
+
+def test_a_diverged_run_keeps_no_more_checkpoints_than_were_asked(study, tmp_path):
+    """A measured run keeps one more while it trains, which may not be needed in the end."""
+    folder = ask(study, tmp_path / "out", "checkpoint.every=1", "checkpoint.keep=3", "study.seeds=[]")
+    run = folder / lines(folder)[0]["run"]
+    asked = load_recipe(str(run / "config.toml")).resolve(["checkpoint.keep=2"])
+    assert [step_of(path) for path in checkpoints_in(run / "checkpoints")] == [2, 3, 4]
+    _remove_what_was_not_asked(asked, run)
+    assert [step_of(path) for path in checkpoints_in(run / "checkpoints")] == [3, 4]
 
 
 def test_options_stand_for_settings(study):

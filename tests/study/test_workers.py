@@ -107,6 +107,7 @@ def test_a_study_that_was_launched_as_a_single_process(tmp_path: Path, monkeypat
 
 def test_a_study_is_not_launched_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=r"^WORLD_SIZE = 2: .* without torchrun$"):
         run_study(Grid(), "quickstart", (), tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out").exists()
