@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -23,10 +25,79 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_code_runs(page: Path) -> None:
+    printed(page)
+
+
+@functools.cache
+def printed(page: Path) -> str:
+    """What a page's code prints."""
     names: dict[str, object] = {"__name__": "docs"}
-    for block in blocks(page, "python"):
-        # No real file name: pydantic would look for docstrings of fields in the page itself.
-        exec(compile(block, f"<{page.name}>", "exec"), names)  # our own docs
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for block in blocks(page, "python"):
+            # No real file name: pydantic would look for docstrings of fields in the page itself.
+            exec(compile(block, f"<{page.name}>", "exec"), names)  # our own docs
+    return out.getvalue()
+
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e-?\d+)?"
+WITHOUT_A_TABLE = {
+    ("0.059", "0.042", "0.076"): "quickstart with five seeds; README and docs/results/quickstart.md have the command",
+    ("0.038", "0.016", "0.060"): "quickstart from the published initialisation; docs/results/quickstart.md",
+    ("0.77", "0.59", "1.004"): "docs/results/curvature.md; its table ends at 1.00, which does not say that 1 is held",
+}
+"""Numbers with intervals that no table has to all digits, and where they are from."""
+
+
+def measured_intervals() -> set[tuple[float, float, float]]:
+    """Every value with its interval in a table of docs/results, or printed by the code of a page."""
+    results = ROOT / "docs" / "results"
+    rows = [
+        line
+        for page in PAGES
+        if page.parent == results and page.name not in ("README.md", "claims.md")
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    pages = [page for page in PAGES if page.parent == results or page == ROOT / "docs" / "choosing.md"]
+    found = re.findall(rf"({NUMBER})(?: edge)? \\?\[({NUMBER}), ({NUMBER})\]", "\n".join(rows))
+    shape = rf"value=({NUMBER}), low=({NUMBER}), high=({NUMBER})"
+    found += re.findall(shape, "".join(map(printed, pages)))
+    return {(float(value), float(low), float(high)) for value, low, high in found}
+
+
+QUOTING = [page for page in PAGES if page.name in ("README.md", "choosing.md", "claims.md")]
+QUOTING += sorted((ROOT / "docs" / "strategies").glob("*.md"))
+
+
+def test_intervals_that_pages_quote_were_measured() -> None:
+    """Seen from either side: what one is below another, the other is above it."""
+    measured = measured_intervals()
+    both = {*measured, *((-value, -high, -low) for value, low, high in measured)}
+    quoted = [
+        (page, found)
+        for page in QUOTING
+        for found in re.findall(
+            rf"(?<![\d.])({NUMBER})\**\s*\[({NUMBER}),\s+({NUMBER})\]", page.read_text(encoding="utf-8")
+        )
+    ]
+    assert len(quoted) > 300
+
+    def said(told: tuple[str, str, str], exact: tuple[float, float, float]) -> bool:
+        # A table's last digit is rounded already.
+        return all(abs(float(a) - b) <= 0.56 * 10.0 ** -decimals(a) for a, b in zip(told, exact, strict=True))
+
+    unknown = [
+        f"{page.relative_to(ROOT)}: {told[0]} [{told[1]}, {told[2]}]"
+        for page, told in quoted
+        if told not in WITHOUT_A_TABLE and not any(said(told, exact) for exact in both)
+    ]
+    assert not unknown
+
+
+def decimals(number: str) -> int:
+    """After the point, 3 of "0.012" and of "1.2e-2"."""
+    digits, _, exponent = number.partition("e")
+    return len(digits.partition(".")[2]) - int(exponent or 0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
