@@ -229,7 +229,8 @@ def _while_useful(study: ToleranceStudy, pairs: Mapping[str, Pair]) -> list[str]
     told = [f"{name} {_times(ratios[name])}" for name in sorted(ratios, key=lambda name: -ratios[name].value)]
     chance = [name for name, ratio in ratios.items() if not side(ratio, 1.0)]
     but = f"; that of {names_text(chance)} holds 1 and so may be chance" if chance else ""
-    return [f"Up to a loss of {USEFUL:g} times the own lowest the rates are {names_text(told)} as high{but}."]
+    whose = f"{study.baseline}'s rate"
+    return [f"Up to a loss of {USEFUL:g} times the own lowest the ratios to {whose} are {names_text(told)}{but}."]
 
 
 def _is_bound(pair: Pair) -> bool:

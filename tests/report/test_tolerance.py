@@ -260,7 +260,7 @@ def test_answer_says_what_can_be_told(tmp_path: Path) -> None:
     assert "ours tolerates 8.00× [4.00, 16.0] the learning rate that base does" in text
     # Up to 1.05 times its bottom ours goes to where its parabola is there; base fails before.
     reach = 4e-3 * math.exp(math.sqrt(0.05 * 2.001 / 0.05))
-    useful = re.search(r"1\.05 times the own lowest the rates are ours (.*)× \[(.*), (.*)\] as high\.", text)
+    useful = re.search(r"1\.05 times the own lowest the ratios to base's rate are ours (.*)× \[(.*), (.*)\]\.", text)
     assert useful is not None
     expected = [reach / low for low in (math.sqrt(8e-3 * 1.6e-2), 1.6e-2, 8e-3)]
     assert [float(number) for number in useful.groups()] == pytest.approx(expected, rel=0.02)
