@@ -70,9 +70,9 @@ def _speed_up(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
 
 
 def _at_equal_time(budgets: Budgets, ours: str, theirs: str, budget: float) -> Entry:
-    seconds = [track.seconds_by_seed if (track := budgets[budget].own.get(name)) else {} for name in (ours, theirs)]
+    tracks = [budgets[budget].own.get(name) for name in (ours, theirs)]
     # Of each seed by itself, so that the interval holds how much times differ from run to run.
-    slowdown = {seed: seconds[0][seed] / seconds[1][seed] for seed in seconds[0].keys() & seconds[1].keys()}
+    slowdown = tracks[0].slowdown_by_seed(tracks[1]) if tracks[0] and tracks[1] else {}
     mine = _curves(budgets, ours)
     found = at_equal_time(mine, _curves(budgets, theirs), budget, slowdown)
     used = {at for seed in mine.keys() & slowdown.keys() for at in around(mine[seed], budget / slowdown[seed])}

@@ -35,6 +35,8 @@ class RunLine:
     run: str
     """The run's folder, relative to the study's."""
     seconds: float | None
+    environment: int
+    """Which of the study's environments it ran in."""
     parameters: int | None
     signal: Mapping[str, Any]
     """Of a ladder's cell: signal propagation, see `gptnorm.study.signal`."""
@@ -50,6 +52,7 @@ class RunLine:
             val_loss=finite(line["val_loss"]),
             run=line["run"],
             seconds=finite(line.get("seconds")),
+            environment=line.get("environment", 0),
             parameters=line.get("parameters"),
             signal=line.get("signal") or {},
         )

@@ -200,6 +200,6 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         ON_EACH: "On each text: mean loss over at most as many validation windows as of the own text, of the model as "
         "it was trained on the own.",
         EQUAL_TIME.format(base): f"After the same time: with the steps that take as long as {base}'s, by the seconds "
-        "per step of the same seed's runs; no number where that is outside the budgets.",
+        "per step of the same seed's runs in the same environment; no number where that is outside the budgets.",
         **scaling_words(),
     }

@@ -355,11 +355,26 @@ class Track:
         """Median over the runs that came to their end, on whatever machine they ran."""
         return self._step_seconds(self.trials)
 
-    @property
-    def seconds_by_seed(self) -> dict[int, float]:
-        """The same over the runs of each reported seed."""
-        found = {seed: self._step_seconds(self._by_seed.get(seed, ())) for seed in self.seeds}
-        return {seed: seconds for seed, seconds in found.items() if seconds is not None}
+    def slowdown_by_seed(self, theirs: Track) -> dict[int, float]:
+        """The same of each reported seed's runs, over that of another's.
+
+        Of runs in the same environment, the median over the environments that both have; a seed without one is left
+        out: what another machine took, or the same one at another commit, says nothing about a strategy.
+        """
+        found = {}
+        for seed in self.seeds:
+            ours, others = (track._seconds_by_environment(seed) for track in (self, theirs))
+            ratios = [ours[environment] / others[environment] for environment in ours.keys() & others.keys()]
+            if ratios:
+                found[seed] = statistics.median(ratios)
+        return found
+
+    def _seconds_by_environment(self, seed: int) -> dict[int, float]:
+        trials: dict[int, list[Trial]] = {}
+        for trial in self._by_seed.get(seed, ()):
+            trials.setdefault(trial.cell.environment, []).append(trial)
+        found = {environment: self._step_seconds(group) for environment, group in trials.items()}
+        return {environment: seconds for environment, seconds in found.items() if seconds is not None}
 
     def _step_seconds(self, trials: Sequence[Trial]) -> float | None:
         seconds = [trial.cell.seconds for trial in trials if trial.cell.finished and trial.cell.seconds]

@@ -139,6 +139,29 @@ def test_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("base", "ours", "told"),
+    [((0, 1, 1), (0, 0, 1), True), ((0, 0, 0), (1, 1, 1), False), ((0, 1, 1), (0, 0, 0), True)],
+)
+def test_times_are_compared_within_an_environment(
+    tmp_path: Path, base: tuple[int, ...], ours: tuple[int, ...], told: bool
+) -> None:
+    """Where a run at each of three rates was made; the second environment is three times as slow."""
+    rates, lines = (1e-3, 2e-3, 4e-3), []
+    for strategy, faster, seconds, where in (("base", 1.0, 1.0, base), ("ours", 2.0, 1.25, ours)):
+        for budget, loss in line_in_log(2.9, 0.1, faster).items():
+            for lr, environment in zip(rates, where, strict=True):
+                took = {"seconds": seconds * budget * 3**environment, "environment": environment}
+                for seed in range(6):
+                    off = 0.0 if lr == 2e-3 else 0.1
+                    lines.append({**line(strategy, lr, seed, loss + off, place={"train.steps": budget}), **took})
+    folder = make_tolerance(tmp_path, lines, lrs=rates, asked={"places": [{"train.steps": n} for n in BUDGETS]})
+    text = markdown_tolerance(load_tolerance(folder))
+    lead = -0.1 * math.log(2) + 0.1 * math.log(1.25)
+    assert (rf"| {lead:+.4f} \[{lead:+.4f}, {lead:+.4f}]" in text) is told
+    assert ("**Loss minus base's after the same time" in text) is told
+
+
+@pytest.mark.parametrize(
     ("who", "budget", "speed", "time"),
     [
         # Ours reaches their loss at T with T / 2, and has T / 1.25 in the same time, between T / 2 and T.
