@@ -109,15 +109,17 @@ def at_equal_time(
     Over the seeds that have both, and all budgets that any has; the others are still to come.
 
     Args:
-        slowdown: for each seed, our seconds per step over the baseline's.
+        slowdown: for each seed, our seconds per step over the baseline's; none where they cannot be compared.
 
     Returns:
-        None where no seed is left, or the time of one is that of a budget outside ours: near the first and the last
-        budget it is chance whose time is inside, and those alone would be a selection.
+        None where no seed is left, a seed has no slowdown, or the time of one is that of a budget outside ours: near
+        the first and the last budget it is chance whose time is inside, and those alone would be a selection.
     """
     budgets = set().union(*ours.values())
-    whole = {seed for seed, curve in ours.items() if curve.keys() == budgets and seed in slowdown}
-    our_loss = {seed: loss_at(ours[seed], budget / slowdown[seed]) for seed in whole if budget in theirs.get(seed, {})}
+    whole = {seed for seed, curve in ours.items() if curve.keys() == budgets and budget in theirs.get(seed, {})}
+    if not whole <= slowdown.keys():
+        return None
+    our_loss = {seed: loss_at(ours[seed], budget / slowdown[seed]) for seed in whole}
     known = {seed: loss for seed, loss in our_loss.items() if loss is not None}
     if len(known) < len(our_loss):
         return None

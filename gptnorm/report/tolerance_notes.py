@@ -191,7 +191,8 @@ def _words(study: ToleranceStudy) -> dict[str, str]:
         "steps.",
         "branch nonlinearity": "Branch nonlinearity: 1 − R² of the best affine map from what a feed-forward reads to "
         "what it returns, mean over blocks; 0 is an affine map.",
-        "seconds per step": "Seconds per step: median over runs, whatever else the machine did.",
+        "seconds per step": "Seconds per step: median over runs of all environments, whatever else the machine did; no "
+        "comparison of strategies.",
         "peak memory": "Peak memory: most bytes that tensors took at once; on a CPU not measured, but planned for a "
         "step, uncompiled and with the CPU's kernels.",
         "chosen setting": _tuning(study),

@@ -356,10 +356,11 @@ class Track:
         return self._step_seconds(self.trials)
 
     def slowdown_by_seed(self, theirs: Track) -> dict[int, float]:
-        """The same of each reported seed's runs, over that of another's.
+        """Our seconds per step over another's, by reported seed, each the median over that seed's finished runs.
 
-        Of runs in the same environment, the median over the environments that both have; a seed without one is left
-        out: what another machine took, or the same one at another commit, says nothing about a strategy.
+        Within an environment, since what another machine or commit took says nothing about a strategy; of several that
+        both have, the median of the ratios. A seed that shares none is left out. What else the machine did is not told
+        apart.
         """
         found = {}
         for seed in self.seeds:

@@ -161,6 +161,13 @@ def test_times_are_compared_within_an_environment(
     assert ("**Loss minus base's after the same time" in text) is told
 
 
+def test_a_seed_whose_times_cannot_be_compared_is_not_left_out() -> None:
+    """The others alone would be fewer than the table says."""
+    curves = {seed: line_in_log(3.0, 0.2) for seed in range(1, 6)}
+    assert at_equal_time(curves, curves, 400, dict.fromkeys(range(1, 6), 1.1)) is not None
+    assert at_equal_time(curves, curves, 400, dict.fromkeys(range(1, 5), 1.1)) is None
+
+
 @pytest.mark.parametrize(
     ("who", "budget", "speed", "time"),
     [
