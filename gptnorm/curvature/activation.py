@@ -9,7 +9,7 @@ $$H_{xx} = L + C, \qquad L = J^\top H_{yy} J, \qquad C = \sum_k g_k\, \nabla^2_x
 L is the Gauss-Newton part; C is the curvature of φ itself, 0 for a linear map with nothing after it.
 
 x is that of one token, the others fixed, or of a whole sequence; ℓ is the mean cross-entropy over the tokens of that
-sequence. Its closed form for SimpleNorm is ours (docs/theory.md).
+sequence. Closed forms for a norm after a linear map are ours (tests/curvature).
 """
 
 from __future__ import annotations
