@@ -228,7 +228,8 @@ def _while_useful(study: ToleranceStudy, pairs: Mapping[str, Pair]) -> list[str]
         return []
     told = [f"{name} {_times(ratios[name])}" for name in sorted(ratios, key=lambda name: -ratios[name].value)]
     chance = [name for name, ratio in ratios.items() if not side(ratio, 1.0)]
-    but = f"; that of {names_text(chance)} holds 1 and so may be chance" if chance else ""
+    held = "that of {} holds 1 and so may" if len(chance) == 1 else "those of {} hold 1 and so may"
+    but = f"; {held.format(names_text(chance))} be chance" if chance else ""
     whose = f"{study.baseline}'s rate"
     return [f"Up to a loss of {USEFUL:g} times the own lowest the ratios to {whose} are {names_text(told)}{but}."]
 

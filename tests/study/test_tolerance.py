@@ -329,8 +329,8 @@ def test_checkpoints_are_those_that_the_recipe_asks_for(study, tmp_path, setting
         assert [step_of(path) for path in there] == kept, row["run"]
 
 
-def test_a_diverged_run_keeps_no_more_checkpoints_than_were_asked(study, tmp_path):
-    """A measured run keeps one more while it trains, which may not be needed in the end."""
+def test_a_measured_run_keeps_no_more_checkpoints_than_were_asked(study, tmp_path):
+    """It keeps one more while it trains, which one that diverges, for one, has no use for."""
     folder = ask(study, tmp_path / "out", "checkpoint.every=1", "checkpoint.keep=3", "study.seeds=[]")
     run = folder / lines(folder)[0]["run"]
     asked = load_recipe(str(run / "config.toml")).resolve(["checkpoint.keep=2"])
